@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 class RunRow(TypedDict, total=False):
-    """`parameters` counts weights; `dtype` is the learner's ("float32", "bfloat16"); `versions` maps name to version."""
+    """`parameters` counts weights; `dtype` is the learner's ("float32", "bfloat16"); `versions`: name to version."""
 
     kind: Literal["run"]
     arm: str
@@ -143,7 +143,7 @@ class MetricsLog:
         """Forget what was measured after `step` of `stage`, which training now repeats.
 
         Rows of kind run and event stay: they tell what happened, not what the weights are.  Resuming in stage "sft"
-        drops every rl and eval row; resuming in stage "rl" drops the final evaluation and whatever is later than `step`.
+        drops every rl and eval row; in stage "rl" it drops the final evaluation and whatever is later than `step`.
         """
         rows = [row for row in read_metrics(self.path) if _survives(row, stage, step)]
         os.close(self._file)

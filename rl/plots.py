@@ -1,4 +1,4 @@
-"""Pictures of a run and of a comparison: one panel per quantity, in colours that survive colour blindness (Okabe and Ito)."""
+"""Pictures of a run and of a comparison, in the colour-blind-safe palette of Okabe and Ito."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",
 )  # fmt: skip
 INK, MUTED, GRID, GREY = "#1f2933", "#52606d", "#e4e7eb", "#9aa5b1"
+Curve = tuple[list[int], list[float]]
+
 ARM_COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, INK)
 ARM_LINES = ("-", "--", "-.", ":")
 ARM_MARKERS = "osD^vPX"
@@ -46,8 +48,6 @@ STYLE = {
     "legend.fontsize": 10,
     "lines.linewidth": 2.2,
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 150,
-    "savefig.facecolor": "white",
 }
 
 
@@ -70,10 +70,10 @@ def draw_run(run_dir: str | Path) -> list[Path]:
 
 
 def draw_comparison(arms: Mapping[str, Sequence[str | Path]], out: str | Path) -> Path:
-    """Write one picture with the training-accuracy and the held-out curves of each arm; `arms` maps name to run folders.
+    """Write one picture with the training-accuracy and held-out curves of each arm; `arms` maps name to run folders.
 
-    Lines are means over seeds; bands reach from the lowest to the highest seed.  A step counts when every seed of the arm
-    has it.  UserError when no run of any arm has a training step.
+    Lines are means over seeds; bands reach from the lowest to the highest seed.  A step counts when every seed of the
+    arm has it.  UserError when no run of any arm has a training step.
     """
     runs = {arm: [load_run(folder) for folder in folders] for arm, folders in arms.items()}
     longest = max((len(run.of("rl")) for group in runs.values() for run in group), default=0)
@@ -89,18 +89,18 @@ def draw_comparison(arms: Mapping[str, Sequence[str | Path]], out: str | Path) -
                 "linestyle": ARM_LINES[position % len(ARM_LINES)],
                 "label": arm_label(arm, group),
             }
-            curves = [_smoothed(*series(run.of("rl"), "accuracy"), window) for run in group]
-            _band(training, curves, look)
+            curves = [series(run.of("rl"), "accuracy") for run in group]
+            _band(training, [(steps, trailing_mean(values, window)) for steps, values in curves], look)
             curves = [series(run.evals, "accuracy") for run in group]
             _band(held_out, curves, look, marker=ARM_MARKERS[position % len(ARM_MARKERS)])
         mean_of = f", mean of {window} steps" if window > 1 else ""
         _accuracy_axes(training, "Training accuracy", f"samples correct{mean_of}")
         _accuracy_axes(held_out, "Held-out accuracy", "problems solved")
         held_out.tick_params(labelleft=True)
+        training.set_ylim(0, _accuracy_top(training, held_out))
         handles, labels = training.get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(labels), 3), handlelength=3, fontsize=11
-        )
+        columns = min(len(labels), 3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3, fontsize=11)
         if any(len(group) > 1 for group in runs.values()):
             note = "line: mean over seeds;  band: lowest to highest seed"
             figure.suptitle(note, x=0.995, ha="right", fontsize=10, color=MUTED)
@@ -200,10 +200,9 @@ def _logprob_gap(axes: Axes, run: RunRecord) -> None:
     rows = run.of("rl")
     for key, colour, width, label in (("logp_gap_max", ORANGE, 1.2, "largest"), ("logp_gap_mean", RED, 2.2, "mean")):
         steps, values = series(rows, key)
-        axes.plot(
-            steps, [value if value > 0 else np.nan for value in values], color=colour, linewidth=width, label=label
-        )
-    if any(value > 0 for key in ("logp_gap_mean", "logp_gap_max") for value in series(rows, key)[1]):
+        drawable = [value if value > 0 else np.nan for value in values]
+        axes.plot(steps, drawable, color=colour, linewidth=width, label=label)
+    if any(np.nanmax(line.get_ydata(), initial=0.0) > 0 for line in axes.get_lines()):
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * (high / low) ** 0.25)
@@ -261,8 +260,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: Path) -> Path:
     temporary = path.with_name(path.name + ".tmp")
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(temporary, format="png")
+    figure.savefig(temporary, format="png", dpi=150, facecolor="white")
     temporary.replace(path)
     return path
 
@@ -275,10 +273,15 @@ def _describe(axes: Axes, title: str, y_label: str, x_label: str = "RL step") ->
 
 
 def _accuracy_axes(axes: Axes, title: str, y_label: str) -> None:
-    top = max((line.get_ydata().max(initial=0.0) for line in axes.get_lines()), default=1.0)
-    axes.set_ylim(0, min(1.02, max(0.1, top * 1.25)))
+    axes.set_ylim(0, _accuracy_top(axes))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _describe(axes, title, y_label)
+
+
+def _accuracy_top(*panels: Axes) -> float:
+    """Upper end of the accuracy axis: the highest line and a quarter of it as headroom, at most a little over 100 %."""
+    highest = max((np.max(line.get_ydata()) for axes in panels for line in axes.get_lines()), default=1.0)
+    return min(1.02, max(0.1, highest * 1.25))
 
 
 def _line(axes: Axes, rows: Sequence[Row], key: str, colour: str) -> None:
@@ -307,13 +310,7 @@ def _stacked(axes: Axes, rows: Sequence[Row], key: str, colours: Mapping[str, st
     axes.legend(loc="upper center", ncols=3, handlelength=1, handleheight=1, columnspacing=1.2, borderaxespad=0.2)
 
 
-def _smoothed(steps: list[int], values: list[float], window: int) -> tuple[list[int], list[float]]:
-    return steps, trailing_mean(values, window)
-
-
-def _band(
-    axes: Axes, curves: Sequence[tuple[list[int], list[float]]], look: Mapping[str, str], marker: str = ""
-) -> None:
+def _band(axes: Axes, curves: Sequence[Curve], look: Mapping[str, str], marker: str = "") -> None:
     tables = [dict(zip(*curve, strict=True)) for curve in curves]
     steps = sorted(set.intersection(*map(set, tables))) if tables else []
     if not steps:

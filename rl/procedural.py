@@ -15,7 +15,7 @@ from deltarl.rl.errors import UserError
 from reasoning_gym.arithmetic import ChainSumConfig, ChainSumDataset, GCDConfig, GCDDataset
 
 # A task with n problems found counts as exhausted after n times this many draws that bring no new one.
-DRAWS_PER_PROBLEM = 50
+DRAWS_PER_PROBLEM = 10
 
 
 @dataclass(frozen=True)

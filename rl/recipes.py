@@ -1,7 +1,7 @@
 """Supervised data: weighted sources of prompts and completions, mixed row by row."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -79,13 +79,6 @@ def build_mix(
     return mixed.select(range(n))  # every part has n rows, so the first to end ends no earlier than this
 
 
-def mix_texts(mix: datasets.Dataset) -> Iterator[str]:
-    """Every message text of a mix, prompts and completions: what a tokenizer for it is trained on."""
-    for row in mix:
-        for message in row["prompt"] + row["completion"]:
-            yield message["content"]
-
-
 def known_sources() -> str:
     """The names a source may have, for messages and listings."""
     return f"{', '.join(NAMED)}, or a .jsonl file"
@@ -139,12 +132,16 @@ def _file_turn(row: Row) -> Turn:
     if "messages" in values:
         return _last_answer(row, values["messages"])
     if "response" in values:
-        prompt = values.get("prompt")
+        prompt = values.get("prompt", [])
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        return _last_answer(row, [*(prompt or []), {"role": "assistant", "content": values["response"]}])
+        if not isinstance(prompt, list):
+            raise UserError(f"{row.where}: prompt is neither text nor messages")
+        return _last_answer(row, [*prompt, {"role": "assistant", "content": values["response"]}])
     if "output" in values:
-        parts = [values.get("instruction"), values.get("input")]
+        parts = [values.get("instruction") or "", values.get("input") or ""]
+        if not all(isinstance(part, str) for part in parts):
+            raise UserError(f"{row.where}: instruction and input must be text")
         question = "\n\n".join(part for part in parts if part)
         return _last_answer(
             row, [{"role": "user", "content": question}, {"role": "assistant", "content": values["output"]}]

@@ -12,12 +12,7 @@ from deltarl.rl.problems import Problem, Row, first_gold, read_jsonl, user_messa
 Message = dict[str, str]
 Turn = tuple[list[Message], str]  # the conversation so far, and the answer to learn
 
-DIRECT_ANSWERS = (
-    "The answer is \\boxed{{{gold}}}.",
-    "It's \\boxed{{{gold}}}, I think.",
-    "That would be \\boxed{{{gold}}}.",
-    "\\boxed{{{gold}}}",
-)
+DIRECT_ANSWERS = ("The answer is \\boxed{{{gold}}}.", "It's \\boxed{{{gold}}}, I think.")
 SMALL_TALK_SHARE = 0.15
 SMALL_TALK = (
     (("Hi!", "Hello.", "Hey there!", "Good morning."), ("Hello! What shall we work out?", "Hi! Ask me a problem.")),

@@ -114,7 +114,7 @@ def _warnings(runs: Mapping[str, Sequence[RunRecord]], numbers: Mapping[str, Any
             + "; ".join(f"{arm} {', '.join(group)}" for arm, group in seeds.items())
             + "."
         )
-    sizes = [arm["parameters"] for arm in numbers["arms"].values() if arm["parameters"]]
+    sizes = [row["parameters"] for row in numbers["runs"] if row["parameters"]]
     if sizes and max(sizes) > 1.02 * min(sizes):
         yield f"The parameter counts differ by {max(sizes) / min(sizes) - 1:.1%}, more than 2 %."
     if unfinished := [f"{row['run']} (step {row['steps']})" for row in numbers["runs"] if not row["finished"]]:
@@ -161,8 +161,8 @@ def _notes(numbers: Mapping[str, Any]) -> list[str]:
     ]
     if numbers["target"]:
         notes.append(
-            f"{numbers['target']:.0%} is the highest multiple of 5 % that every run's training accuracy "
-            f"(trailing mean of {numbers['window']} steps) reached."
+            f"{numbers['target']:.0%} is the highest multiple of 5 % that every run's training accuracy reached "
+            f"(trailing mean over {numbers['window']} step{'s' * (numbers['window'] != 1)})."
         )
     return notes
 

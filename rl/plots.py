@@ -298,13 +298,13 @@ def _stacked(axes: Axes, rows: Sequence[Row], key: str, colours: Mapping[str, st
     heights = np.array([values[chosen].mean(axis=0) for chosen in bins])
     if share:
         heights = heights / heights.sum(axis=1, keepdims=True).clip(min=1e-12)
-    edges = [rows[chosen[0]]["step"] - 0.5 for chosen in bins]
-    widths = np.diff([*edges, rows[-1]["step"] + 0.5])
+    edges = [*(rows[chosen[0]]["step"] - 0.5 for chosen in bins), rows[-1]["step"] + 0.5]
     bottom = np.zeros(len(bins))
     for position, name in enumerate(names):
-        axes.bar(edges, heights[:, position], widths, bottom, align="edge", color=colours[name], label=name)
-        bottom += heights[:, position]
-    axes.set_xlim(edges[0], edges[-1] + widths[-1])
+        top = bottom + heights[:, position]
+        axes.stairs(top, edges, baseline=bottom, fill=True, color=colours[name], label=name)
+        bottom = top
+    axes.set_xlim(edges[0], edges[-1])
     legend_rows = -(-len(names) // 3)
     axes.set_ylim(0, bottom.max() * (1.06 + 0.13 * legend_rows))
     axes.legend(loc="upper center", ncols=3, handlelength=1, handleheight=1, columnspacing=1.2, borderaxespad=0.2)

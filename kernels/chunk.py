@@ -19,9 +19,8 @@ exponential of a positive number and never a difference of two large sums.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from deltarl.kernels.inputs import initial_or_zero, prepare, sequence_lengths
+from torch import Tensor
 
 CHUNK = 32
 
@@ -46,8 +45,8 @@ def kda_chunk(
 
     q, k [B, T, H, K], v [B, T, H, V], g [B, T, H, K], beta [B, T, H], `initial_state` [N, H, K, V]. Packed input has
     B = 1 and `cu_seqlens` int [N + 1], else N = B. With `A_log` [H] (and `dt_bias` [H*K]) given, g and beta are raw
-    projections: the gate (softplus, or bounded below by `gate_lower_bound` < 0) and the sigmoid are applied here. Without,
-    g is the log-decay (<= 0) and beta the writing strength. `scale` multiplies q and is K**-0.5 unless given.
+    projections: the gate (softplus, or bounded below by `gate_lower_bound` < 0) and the sigmoid are applied here.
+    Without, g is the log-decay (<= 0) and beta the writing strength. `scale` multiplies q and is K**-0.5 unless given.
     Computes in fp32 (fp64 for fp64 q). Raises ValueError on shapes that do not fit.
     """
     x = prepare(q, k, v, g, beta, A_log, dt_bias, gate_lower_bound, scale, use_qk_l2norm)
@@ -63,8 +62,8 @@ def kda_chunk(
 class _Layout:
     """Where each token lies among the chunks.
 
-    Chunks are ordered by their place in their sequence, then by sequence, longest sequence first, so that the n-th chunks
-    of all sequences that have one are contiguous: `active[n]` of them, and they belong to the first `active[n]` states.
+    Chunks are ordered by their place in their sequence, then by sequence, longest sequence first, so that the n-th
+    chunks of all sequences that have one are contiguous: `active[n]` of them, of the first `active[n]` states.
     """
 
     def __init__(self, lengths: list[int], packed: bool, device: torch.device):
@@ -120,7 +119,7 @@ def _attend(
     decay = since_start[..., -1, :].exp().unsqueeze(-1)
 
     outputs, finished, first = [], [], 0
-    for n, count in enumerate(active):
+    for count in active:
         if count < len(state):
             finished.append(state[count:])
             state = state[:count]

@@ -6,6 +6,7 @@ Gates (Kimi Linear, arXiv 2510.26692, and its released code):
     bounded    g = lower_bound * sigmoid(exp(A_log) * (raw + dt_bias))
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,7 @@ def prepare(
 def sequence_lengths(cu_seqlens: Tensor, batch: int, tokens: int) -> list[int]:
     """Lengths of the packed sequences; raises ValueError unless they tile one row of `tokens` tokens."""
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if batch != 1 or not lengths or bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
         raise ValueError(
             f"packed input is one row whose cu_seqlens rise from 0 to its length; got batch {batch}, "
@@ -99,5 +100,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> N
         )
     if v.ndim != 4 or v.shape[:3] != q.shape[:3] or beta.shape != q.shape[:3]:
         raise ValueError(
-            f"v must be [B, T, H, V] and beta [B, T, H] for q {tuple(q.shape)}, got {tuple(v.shape)}, {tuple(beta.shape)}"
+            f"v must be [B, T, H, V] and beta [B, T, H], got {tuple(v.shape)} and {tuple(beta.shape)} "
+            f"for q {tuple(q.shape)}"
         )

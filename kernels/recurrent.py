@@ -1,9 +1,8 @@
 """Kimi Delta Attention for decoding: one token (or a few) for many sequences at once."""
 
 import torch
-from torch import Tensor
-
 from deltarl.kernels.inputs import initial_or_zero, prepare, sequence_lengths
+from torch import Tensor
 
 
 def kda_recurrent(
@@ -63,7 +62,7 @@ def kda_decode_(
 ) -> Tensor:
     """One token for each of N sequences, the states living in a pool and updated in place.
 
-    q, k, g [N, H, K], v [N, H, V], beta [N, H]; `state` [slots, H, K, V] fp32; `slots` [N] distinct indices >= 0 into it.
+    q, k, g [N, H, K], v [N, H, V], beta [N, H]; `state` [slots, H, K, V] fp32; `slots` [N] distinct indices >= 0.
     Returns o [N, H, V] in v's dtype. The gate arguments are those of `kda_chunk`.
     """
     token = (t.unsqueeze(1) for t in (q, k, v, g, beta))

@@ -6,9 +6,8 @@
 """
 
 import torch
-from torch import Tensor
-
 from deltarl.kernels.inputs import initial_or_zero, prepare, sequence_lengths
+from torch import Tensor
 
 
 def kda_reference(

@@ -1,0 +1,246 @@
+"""The hybrid model: transformers' Kimi Linear on our kernels, exact for padded and packed input.
+
+A batch with padding is packed before the first layer and unpacked after the last, so every layer sees only real
+tokens and one code path serves padded and packed input. Only generation with a cache runs on padded rows.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from deltarl.kernels import causal_conv1d, kda_chunk, kda_recurrent
+from deltarl.model.config import KDA, HybridConfig
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+
+FP32_ALWAYS = ("A_log", "dt_bias")
+
+
+class Packing:
+    """Sequences laid end to end in one row [1, T, ...], and the same as right-padded rows [N, longest, ...]."""
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.count, self.longest = len(lengths), max(lengths)
+        self.cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        place = torch.arange(self.longest).lt(torch.tensor(lengths).unsqueeze(1)).flatten().nonzero().squeeze(1)
+        self.place = place.to(device)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        rows = x.new_zeros(self.count * self.longest, *x.shape[2:])
+        return rows.index_copy(0, self.place, x[0]).unflatten(0, (self.count, self.longest))
+
+    def to_packed(self, rows: Tensor) -> Tensor:
+        return rows.flatten(0, 1)[self.place].unsqueeze(0)
+
+
+class ForgetGate(kimi.KimiLinearForgetGate):
+    """Holds the gate's parameters and gives its raw projection; the gate itself is computed inside the kernel."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.f_b_proj(self.f_a_proj(hidden_states))
+
+    def _apply(self, fn, recurse: bool = True):
+        exact = {name: getattr(self, name).data for name in FP32_ALWAYS}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = value.to(parameter.device, torch.float32)
+        return self
+
+
+class KimiDeltaAttention(kimi.KimiLinearDeltaAttention):
+    def __init__(self, config: HybridConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.forget_gate = ForgetGate(config)
+        self.gate_lower_bound = config.gate_lower_bound
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        packing: Packing | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """hidden_states [B, T, D] -> [B, T, D]; `attention_mask` [B, T] zeroes left padding, so the state stays 0."""
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        hidden_states = kimi.apply_mask_to_padding_states(hidden_states, attention_mask)
+        mixed = torch.cat((self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)), -1)
+        conv_state = state = None
+        if cache_params is not None:
+            if cache_params.has_previous_state(self.layer_idx):
+                cached = cache_params.layers[self.layer_idx]
+                conv_state = cached.conv_states[0][..., 1:].clone()
+                state = cached.recurrent_states[0]
+            cache_params.update_conv_state(
+                mixed.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
+            )
+        mixed, _ = causal_conv1d(mixed, self.conv1d.weight.squeeze(1), cu_seqlens=cu_seqlens, initial_state=conv_state)
+        q, k, v = mixed.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        attend = kda_recurrent if state is not None and mixed.shape[1] == 1 else kda_chunk
+        o, state = attend(
+            q,
+            k,
+            v,
+            self.forget_gate(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)),
+            self.b_proj(hidden_states),
+            A_log=self.forget_gate.A_log.flatten(),
+            dt_bias=self.forget_gate.dt_bias,
+            gate_lower_bound=self.gate_lower_bound,
+            initial_state=state,
+            output_final_state=cache_params is not None,
+            cu_seqlens=cu_seqlens,
+        )
+        if cache_params is not None:
+            cache_params.update_recurrent_state(state, self.layer_idx)
+        gate = self.g_b_proj(self.g_a_proj(hidden_states)).view_as(o)
+        return self.o_proj(self.o_norm(o, gate).flatten(-2))
+
+
+class LatentAttention(kimi.KimiLinearAttention):
+    def __init__(self, config: HybridConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        for norm in (self.q_a_layernorm, self.kv_a_layernorm):
+            if norm is not None:
+                norm.variance_epsilon = config.rms_norm_eps
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        packing: Packing | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, D] -> ([B, T, D], weights or None); packed sequences attend within themselves only.
+
+        Packed sequences are attended as right-padded rows under a causal mask, whatever attention implementation the
+        configuration names for the rest.
+        """
+        if packing is None:
+            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        project = self.q_proj if self.q_lora_rank is None else self._low_rank_query
+        q = project(hidden_states).unflatten(-1, (-1, self.qk_head_dim))
+        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states).split(
+            (self.kv_lora_rank, self.qk_rope_head_dim), -1
+        )
+        k, v = self.expand_kv(self.kv_a_layernorm(latent).unsqueeze(1), shared_key.unsqueeze(1))
+        q, k, v = (packing.to_rows(x).transpose(1, 2) for x in (q, k.transpose(1, 2), v.transpose(1, 2)))
+        dropout = self.attention_dropout if self.training else 0.0
+        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling)
+        return self.o_proj(packing.to_packed(o.transpose(1, 2)).flatten(-2)), None
+
+    def _low_rank_query(self, hidden_states: Tensor) -> Tensor:
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+
+
+class HybridDecoderLayer(kimi.KimiLinearDecoderLayer):
+    def __init__(self, config: HybridConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        attention = KimiDeltaAttention if config.layer_types[layer_idx] == KDA else LatentAttention
+        self.self_attn = attention(config, layer_idx)
+
+
+class HybridPreTrainedModel(kimi.KimiLinearPreTrainedModel):
+    config: HybridConfig
+    config_class = HybridConfig
+    _no_split_modules = ("HybridDecoderLayer",)
+    _keep_in_fp32_modules_strict = FP32_ALWAYS
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """transformers' own, with convolutions as wide as torch makes them and residual branches scaled by depth.
+
+        At the default 0.02 a short convolution shrinks q, k, v until the epsilons of their norms dominate them.
+        """
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv1d):
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, HybridDecoderLayer):
+            depth = math.sqrt(2 * self.config.num_hidden_layers)
+            residual = [module.self_attn.o_proj.weight]
+            residual += [p for name, p in module.mlp.named_parameters() if "down_proj" in name]
+            for weight in residual:
+                init.normal_(weight, std=self.config.initializer_range / depth)
+
+
+class HybridModel(HybridPreTrainedModel, kimi.KimiLinearModel):
+    def __init__(self, config: HybridConfig):
+        HybridPreTrainedModel.__init__(self, config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(HybridDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = kimi.KimiLinearRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """Hidden states [B, T, D]; those of padding are zero.
+
+        input_ids [B, T] with `attention_mask` [B, T] (1 = token), padded on either side; or packed, B = 1, with
+        `cu_seqlens` [N + 1] or with `position_ids` [1, T] that start again at every sequence. A cache is made only for
+        `use_cache=True`, and takes left-padded input. Raises ValueError for a cache with packed or right-padded input.
+        """
+        inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, tokens, device = *inputs_embeds.shape[:2], inputs_embeds.device
+        if use_cache or past_key_values is not None:
+            if cu_seqlens is not None or (
+                tokens > 1 and attention_mask is not None and not attention_mask[:, -1].all()
+            ):
+                raise ValueError("generation with a cache needs rows padded on the left: set padding_side='left'")
+            return super().forward(
+                None, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=True, **kwargs
+            )
+
+        real = None
+        if attention_mask is not None and not attention_mask.all():
+            real = attention_mask.flatten().nonzero().squeeze(1)
+            lengths = attention_mask.count_nonzero(1).tolist()
+            inputs_embeds = inputs_embeds.flatten(0, 1)[real].unsqueeze(0)
+        elif cu_seqlens is not None:
+            lengths = cu_seqlens.diff().tolist()
+        elif position_ids is not None and batch == 1 and attention_mask is None:
+            starts = (position_ids[0].diff() != 1).nonzero().squeeze(1).add(1).tolist()
+            lengths = [end - start for start, end in pairwise([0, *starts, tokens])]
+        else:
+            lengths = [tokens]
+        packed = real is not None or len(lengths) > 1
+        masks = {"full_attention": None, "linear_attention": None} if packed else None
+        packing = Packing(lengths, device) if packed else None
+        out = super().forward(None, masks, None, None, inputs_embeds, use_cache=False, packing=packing, **kwargs)
+        if real is not None:
+            out.last_hidden_state = _unpack(out.last_hidden_state, real, batch, tokens)
+            if out.hidden_states is not None:
+                out.hidden_states = tuple(_unpack(h, real, batch, tokens) for h in out.hidden_states)
+        return out
+
+
+def _unpack(packed: Tensor, real: Tensor, batch: int, tokens: int) -> Tensor:
+    rows = packed.new_zeros(batch * tokens, packed.shape[-1])
+    return rows.index_copy(0, real, packed[0]).unflatten(0, (batch, tokens))
+
+
+class HybridForCausalLM(HybridPreTrainedModel, kimi.KimiLinearForCausalLM):
+    """A KDA/MLA hybrid language model; `forward` is transformers' own with the inputs of `HybridModel.forward`."""
+
+    def __init__(self, config: HybridConfig):
+        HybridPreTrainedModel.__init__(self, config)
+        self.model = HybridModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()

@@ -1,0 +1,145 @@
+"""The answer that a response states, found by anchors and never by guessing inside of the reasoning."""
+
+import re
+
+BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*(?:\{|(?P<bare>\d))|\x08oxed\{")
+THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
+THOUGHT_END = re.compile(r"</think(?:ing)?>|</REASONING_END>")
+THOUGHT_START = re.compile(r"<think(?:ing)?>")
+BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+AND = re.compile(r"(?:\s|[$,;.&]|\\[()\[\],;: ]|\\text\s*\{[^{}]{0,40}\}|\\q?quad|\band\b|\bor\b)*")
+NEAR_BOXES = re.compile(r"\s*(?:\w+\s+){0,2}(?:and|or|,)\s*(?:\w+\s+)?")
+PHRASE = re.compile(
+    r"(?:\bfinal\s+answer|\banswer|\bfinal\s+result|\bresult|\bsolutions?|\u7b54\u6848|\br\xe9ponse)\s*"
+    r"(?P<joint>\*{0,2}\s*(?:is\b|are\b|est\b|=|:|\uff1a|\u662f|\u4e3a)[\s:*]*(?:\bis\b\s*|\btherefore\b,?\s*|\bequals?\b\s*|:)?)",
+    re.IGNORECASE,
+)
+HASHES = re.compile(r"####[ \t]*(?P<answer>[^\n]+)")
+MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$]+?)(?<!\\)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
+SENTENCE_END = re.compile(r"(?<=[^\d\s])\.(?=\s|$)|(?<=\d)\.(?=\s|$)|\n\n|\n(?=[A-Z])|<\|")
+NUMBER_AT_START = re.compile(r"[-+]?\s*[$€£]?\s*(?:\d[\d,]*(?:\.\d+)?(?:\s+\d+/\d+|/\d+)?|\.\d+)\s*(?:%|\\%)?")
+NUMBER = re.compile(r"(?<![A-Za-z0-9_.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?(?:\\?%)?")
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+THAT_IS = re.compile(r".*(?:\bis|\bare|\bequals)\s+(?=\S)", re.DOTALL)
+MAX_WORDS = 3
+MAX_STATEMENT_CHARS = 2000
+MAX_BARE_CHARS = 400
+MAX_BOXES = 50
+
+
+def without_thoughts(response: str) -> str:
+    """The response without its <think> blocks; empty when a block is still open at the end."""
+    if "think" not in response and "REASONING" not in response:
+        return response
+    text = THOUGHT.sub("", response)
+    ends = list(THOUGHT_END.finditer(text))
+    text = text[ends[-1].end() :] if ends else text
+    start = THOUGHT_START.search(text)
+    return text[: start.start()] if start else text
+
+
+def boxed(text: str) -> str | None:
+    """The content of the last box; boxes side by side (`\\boxed{1} and \\boxed{2}`) are one answer, joined by commas.
+
+    None without a box, and when the last one is never closed: then the response was cut off in its answer.
+    """
+    starts = list(BOX.finditer(text))[-MAX_BOXES:]
+    boxes: list[tuple[int, int, str]] = []
+    for match in starts:
+        if boxes and match.start() < boxes[-1][1]:
+            continue
+        end = match.end() if match["bare"] else closing_brace(text, match.end())
+        if end is None:
+            return None
+        boxes.append((match.start(), end, match["bare"] or text[match.end() : end - 1]))
+    if not boxes:
+        return None
+    answers = [boxes[-1][2]]
+    for before, after in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        between = text[before[1] : after[0]]
+        if not (AND.fullmatch(between) and "\n\n" not in between) and not NEAR_BOXES.fullmatch(between):
+            break
+        answers.insert(0, before[2])
+    return ", ".join(dict.fromkeys(answers))
+
+
+def closing_brace(text: str, start: int) -> int | None:
+    """The position after the brace that closes the one before `start`; None without one."""
+    depth = 1
+    for match in BRACES.finditer(text, start):
+        if match[0] == "{":
+            depth += 1
+        elif match[0] == "}":
+            depth -= 1
+            if depth == 0:
+                return match.end()
+    return None
+
+
+def after_phrase(text: str) -> str | None:
+    """What follows the last "the final answer is", up to the end of the sentence."""
+    found = list(PHRASE.finditer(text))
+    if not found:
+        return None
+    end = found[-1].end()
+    return statement(text[end : end + MAX_STATEMENT_CHARS].lstrip("*: \n")) or None
+
+
+def statement(tail: str) -> str:
+    """The first sentence of a text, math spans kept whole."""
+    position = 0
+    while True:
+        end = SENTENCE_END.search(tail, position)
+        span = MATH_SPAN.search(tail, position)
+        if span and (end is None or span.start() < end.start()):
+            position = span.end()
+            continue
+        return tail[: end.start() if end else len(tail)].replace("**", "").strip(" *\n\"'")
+
+
+def after_hashes(text: str) -> str | None:
+    """What stands behind the last `####`."""
+    found = HASHES.findall(text)
+    return found[-1].strip() if found else None
+
+
+def stated(text: str) -> str | None:
+    """What a `####` line at the end says, else the last "the answer is", else the last `####` line."""
+    hashes = after_hashes(text)
+    if hashes is not None and text.rstrip().rpartition("\n")[2].lstrip().startswith("####"):
+        return hashes
+    return after_phrase(text) or hashes
+
+
+def readings_of(statement: str) -> list[str]:
+    """How to read a statement: its one math span, itself when it is not prose, or the number that it starts with."""
+    if len(WORD.findall(statement)) > 1:
+        statement = THAT_IS.sub("", statement)
+    spans = _spans(statement)
+    if len(spans) == 1:
+        return spans
+    number = NUMBER_AT_START.match(statement)
+    itself = [statement] if len(WORD.findall(statement)) <= MAX_WORDS or not number else []
+    return [*itself, *([number[0].strip()] if number else [])]
+
+
+def is_bare(text: str) -> bool:
+    """Whether the response is nothing but an answer: short, one math span or none, and hardly a word."""
+    text = text.strip()
+    if not text or len(text) > MAX_BARE_CHARS or "\n\n" in text or any(c.isalpha() and c > "\u0400" for c in text):
+        return False
+    words = WORD.findall(MATH_SPAN.sub("", text))
+    opens_with_word = WORD.match(text) is not None
+    return len(words) <= 1 or (len(words) <= MAX_WORDS and not opens_with_word)
+
+
+def lenient(text: str) -> list[str]:
+    """The last math span or, where it comes later, the last number."""
+    spans, numbers = list(MATH_SPAN.finditer(text)), list(NUMBER.finditer(text))
+    if spans and (not numbers or numbers[-1].start() < spans[-1].end()):
+        return _spans(text)[-1:]
+    return [numbers[-1][0]] if numbers else []
+
+
+def _spans(text: str) -> list[str]:
+    return [next(group for group in found if group) for found in MATH_SPAN.findall(text)]

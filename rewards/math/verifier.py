@@ -1,0 +1,209 @@
+"""The `math` verifier: finds the answer that a response states and decides whether it equals the gold."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, Literal
+
+from deltarl.rewards.math import extract
+from deltarl.rewards.math.atoms import Unevaluated
+from deltarl.rewards.math.compare import Conflict, equivalent, split_label
+from deltarl.rewards.math.lexer import LimitError, ParseError, clean, has_thousands
+from deltarl.rewards.math.nodes import Node
+from deltarl.rewards.math.parser import parse
+from deltarl.rewards.math.scalars import Rules
+from deltarl.rewards.types import Verdict
+
+Extraction = Literal["strict", "anchored", "lenient"]
+MAX_ANSWER_CHARS = 4000
+DECIMAL_COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})|-?0,\d+")
+TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|textit|mbox|textnormal|textrm)\s*\{([^{}]*)\}")
+SPACING = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|q?quad|displaystyle)(?![a-zA-Z])|\\[,;:! ]|~")
+BLANKS = re.compile(r"(?<![\d,]) | (?!\d)")
+WORDS = re.compile(r"[A-Za-z'()\-]+")
+INTEGER = re.compile(r"-?(?:0|[1-9]\d{0,14})")
+CHOICES = frozenset("ABCDEFGHIJ")
+CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:]|$)(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One text read as an answer.
+
+    flat: its characters without spacing. trees: what it says, twice where commas may stand between thousands or
+    between items. words: it is made of words. unevaluated: it holds a sum, integral or the like.
+    """
+
+    text: str
+    flat: str
+    trees: tuple[Node, ...]
+    problem: str | None = None
+    limit: bool = False
+    words: bool = False
+    unevaluated: bool = False
+
+
+class MathVerifier:
+    """Grades mathematical answers by meaning.
+
+    extraction: "strict" takes the last \\boxed{} alone; "anchored" then "the final answer is", then `####`, then a
+    response that is nothing but an answer; "lenient" then the last math span and the last number.
+    precision: significant digits from which a decimal may stand for an exact gold without a finite decimal (1/3, π).
+    percent: "either" lets 28 and 28% stand for each other; "strict" reads 28% as 0.28 only.
+
+    Text in <think> blocks never counts. A response whose last box is not closed, or whose meta says
+    `truncated: true`, has no answer. Raises ValueError for an unknown option value.
+    """
+
+    name = "math"
+    version = "1"
+
+    def __init__(
+        self,
+        extraction: Extraction = "anchored",
+        precision: int = 6,
+        percent: Literal["either", "strict"] = "either",
+    ) -> None:
+        if extraction not in ("strict", "anchored", "lenient"):
+            raise ValueError(f"extraction {extraction!r}: use strict, anchored or lenient")
+        if percent not in ("either", "strict"):
+            raise ValueError(f"percent {percent!r}: use either or strict")
+        if precision < 1:
+            raise ValueError(f"precision {precision}: give the significant digits, at least 1")
+        self.extraction = extraction
+        self.rules = Rules(precision, percent == "either")
+
+    def warm_up(self) -> None:
+        self.verify("\\boxed{\\sqrt{2}}", "2^{1/2}", meta={})
+
+    def check_gold(self, gold: str | Sequence[str]) -> str | None:
+        problems = [read_gold(text).problem for text in _texts(gold)]
+        if not problems:
+            return "there is no gold"
+        return problems[0] if all(problems) else None
+
+    def verify(self, response: str, gold: str | Sequence[str], *, meta: Mapping[str, Any]) -> Verdict:
+        golds = [reading for text in _texts(gold) if not (reading := read_gold(text)).problem]
+        if not golds:
+            return Verdict(None, "gold_error", info={"reason": self.check_gold(gold)})
+        if meta.get("truncated"):
+            return Verdict(0.0, "no_answer", info={"reason": "the response was cut off"})
+        texts = self.answer_texts(response)
+        if not texts:
+            return Verdict(0.0, "no_answer", info={"reason": "no answer found"})
+        answer = next((r for r in map(read, texts) if r.trees or r.limit), None) or read(texts[0])
+        return self.grade(golds, answer)
+
+    def grade(self, golds: Sequence[Reading], answer: Reading) -> Verdict:
+        if answer.limit:
+            return Verdict(0.0, "limit", answer.text[:MAX_ANSWER_CHARS], {"reason": answer.problem})
+        try:
+            if any(self.same(gold, answer) for gold in golds):
+                return Verdict(1.0, "correct", answer.text)
+        except LimitError as error:
+            return Verdict(0.0, "limit", answer.text, {"reason": str(error)})
+        except Conflict as error:
+            return Verdict(0.0, "incorrect", answer.text, {"reason": str(error)})
+        return Verdict(0.0, "incorrect", answer.text, {"reason": answer.problem} if answer.problem else {})
+
+    def same(self, gold: Reading, answer: Reading) -> bool:
+        """Raises LimitError and Conflict."""
+        if gold.flat == answer.flat or _same_words(gold.flat, answer.flat):
+            return True
+        if _decimal_comma(gold.flat, answer.flat) or _decimal_comma(answer.flat, gold.flat):
+            return True
+        if not gold.trees or not answer.trees:
+            return False
+        count = max(len(gold.trees), len(answer.trees))
+        pairs = [
+            (gold.trees[min(i, len(gold.trees) - 1)], answer.trees[min(i, len(answer.trees) - 1)]) for i in range(count)
+        ]
+        return any(equivalent(g, a, self.rules) for g, a in pairs)
+
+    def answer_texts(self, response: str) -> list[str]:
+        """The answer that the response states, as one text or, where words surround it, as the texts to try reading
+        in turn; the first that is mathematics is graded, and no other. Empty without an answer."""
+        text = extract.without_thoughts(response)
+        if extract.BOX.search(text):
+            box = extract.boxed(text)
+            return [] if box is None or not box.strip() else [box]
+        if self.extraction == "strict":
+            return []
+        stated = extract.stated(text)
+        if stated:
+            return extract.readings_of(stated) + (extract.lenient(stated) if self.extraction == "lenient" else [])
+        if extract.is_bare(text):
+            return [text.strip()]
+        return extract.lenient(text) if self.extraction == "lenient" else []
+
+
+@lru_cache(maxsize=8192)
+def read_gold(text: str) -> Reading:
+    """A gold read as an answer; it may be a boxed answer or end in `####` and the answer."""
+    stated = extract.boxed(text) if extract.BOX.search(text) else extract.after_hashes(text)
+    reading = read(text if stated is None else stated)
+    if reading.trees:
+        try:
+            for tree in reading.trees:
+                split_label(tree)
+        except (Conflict, ParseError, LimitError, ArithmeticError) as error:
+            return replace(reading, problem=str(error))
+        return reading
+    if reading.words or reading.unevaluated:
+        return replace(reading, problem=None)
+    stated = extract.stated(text)
+    texts = extract.readings_of(stated) if stated else extract.lenient(text)
+    return next((r for r in map(read, texts) if r.trees), reading)
+
+
+def read(text: str) -> Reading:
+    """A text read as an answer; `problem` says in one line why it has no tree."""
+    if INTEGER.fullmatch(text):
+        return Reading(text, text, (("num", Fraction(int(text)), 0),))
+    if len(text) > MAX_ANSWER_CHARS:
+        return Reading(text, "", (), f"an answer of {len(text)} characters, limit {MAX_ANSWER_CHARS}", limit=True)
+    cleaned = clean(text)
+    flat = flattened(cleaned)
+    if not flat:
+        return Reading(text, flat, (), "empty")
+    try:
+        trees = (parse(cleaned),)
+        if has_thousands(cleaned):
+            trees += (parse(cleaned, thousands=False),)
+        return Reading(text, flat, trees)
+    except Unevaluated as error:
+        return Reading(text, flat, (), str(error), unevaluated=True)
+    except ParseError as error:
+        return Reading(text, flat, (), str(error), words=WORDS.fullmatch(flat) is not None)
+    except (LimitError, RecursionError) as error:
+        return Reading(text, flat, (), str(error), limit=True)
+
+
+def flattened(cleaned: str) -> str:
+    """The text without commands that only set words or space, and without blanks that separate nothing."""
+    text = TEXT_COMMAND.sub(r" \1 ", cleaned)
+    text = SPACING.sub(" ", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    return BLANKS.sub("", " ".join(text.split())).strip("*. ")
+
+
+def _as_many(trees: tuple[Node, ...], count: int) -> tuple[Node, ...]:
+    return trees if len(trees) == count else trees * count
+
+
+def _texts(gold: str | Sequence[str] | None) -> list[str]:
+    return [gold] if isinstance(gold, str) else [str(g) for g in gold or ()]
+
+
+def _same_words(gold: str, answer: str) -> bool:
+    """The same words in any case, or the same letter of a choice: (C), C, C. and `(C) Alina`."""
+    if WORDS.fullmatch(gold) and gold.strip("()").casefold() == answer.strip("()").casefold():
+        return len(gold.strip("()")) > 1 or gold.strip("()").upper() in CHOICES
+    letters = CHOICE.fullmatch(gold), CHOICE.fullmatch(answer)
+    return all(letters) and letters[0][1] == letters[1][1] and not (letters[0][2] and letters[1][2])
+
+
+def _decimal_comma(comma: str, point: str) -> bool:
+    """1,22 beside 1.22: a comma for the point, where it cannot stand between thousands."""
+    return "." in point and DECIMAL_COMMA.fullmatch(comma) is not None and comma.replace(",", ".") == point

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A problem the user can fix.  The message is one line naming the cause and the fix; the CLI prints it and exits 2."""
+    """A problem the user can fix.  The message is one line naming cause and fix; the CLI prints it and exits 2."""

@@ -15,7 +15,7 @@ run: setup
 	.venv/bin/deltarl train jobs/quickstart.yaml
 
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/pytest
 
 lint: setup-test
 	.venv/bin/ruff check .

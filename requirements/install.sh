@@ -64,11 +64,12 @@ require_compiler() {
 }
 
 # Proves that the engine and the learner import. Writes the bytecode of what they load, which pip was told not to do
-# for every file of every package: 7 seconds less at each later start for one slow start now.
+# for every file of every package: 7 seconds less at each later start for one slow start now. -P, because the folder
+# kernels/ here is not the library of that name that transformers looks for.
 check_imports() {
     local output
     say "importing vLLM and TRL for the first time (up to a minute)"
-    output=$(env -u PYTHONDONTWRITEBYTECODE "$python" -W ignore -c 'from vllm import LLM; from trl import GRPOTrainer' 2>&1) ||
+    output=$(env -u PYTHONDONTWRITEBYTECODE "$python" -P -W ignore -c 'from vllm import LLM; from trl import GRPOTrainer' 2>&1) ||
         fail "vLLM or TRL does not import: $(tail -n 1 <<<"$output")"
 }
 

@@ -8,18 +8,13 @@ G_i the log-decay summed over tokens 1..i of the chunk and S the state before it
     o = (q exp(G)) S + P written              P_ij = q_i . k_j exp(G_i - G_j)  for j <= i
     S' = exp(G_C) S + (k exp(G_C - G))^T written
 
-A and P need a decay for every pair of tokens and channel. They are built by halving: the pairs that straddle the
-middle of a block share the middle as a reference, so their decay is a product of two factors,
-
-    exp(G_i - G_j) = exp(sum of g from the middle to i) * exp(sum of g from j to the middle),
-
-each at most 1. A block of C tokens thus costs log2(C) exponentials per channel, no [C, C, K] tensor, never an
-exponential of a positive number and never a difference of two large sums.
+P and A come from `deltarl.kernels.pairs`, which says why no decay overflows; X is applied by forward substitution.
 """
 
 import torch
 import torch.nn.functional as F
-from deltarl.kernels.inputs import initial_or_zero, prepare, sequence_lengths
+from deltarl.kernels.inputs import decay_of, initial_or_zero, prepare, sequence_lengths
+from deltarl.kernels.pairs import decayed_pairs
 from torch import Tensor
 
 CHUNK = 32
@@ -54,8 +49,8 @@ def kda_chunk(
     lengths = [tokens] * batch if cu_seqlens is None else sequence_lengths(cu_seqlens, batch, tokens)
     layout = _Layout(lengths, packed=cu_seqlens is not None, device=q.device)
     state = initial_or_zero(initial_state, len(lengths), x)
-    q, k, v, g, beta = (layout.to_chunks(t) for t in (x.q, x.k, x.v, x.g, x.beta.unsqueeze(-1)))
-    o, state = _attend(q, k, v, g, beta, layout.sort(state), layout.active)
+    chunked = (layout.to_chunks(t) for t in (x.q, x.k, x.v, x.g, x.beta.unsqueeze(-1)))
+    o, state = _attend(*chunked, layout.sort(state), layout.active)
     return layout.to_tokens(o).to(v.dtype), layout.unsort(state) if output_final_state else None
 
 
@@ -111,12 +106,19 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, active: list[int]
 ) -> tuple[Tensor, Tensor]:
     """[chunks, H, C, D] tensors (beta with D = 1) and sorted states -> o of v's shape and the states after."""
-    attend, solve, since_start, to_end = _intra_chunk(q, k, g, beta)
-    k_start = k * since_start.exp()
-    written, erased = (solve @ (beta * torch.cat((v, k_start), -1))).split((v.shape[-1], k.shape[-1]), -1)
-    readers = torch.cat((erased, q * since_start.exp()), -2)
-    k_end = (k * to_end.exp()).transpose(-1, -2)
-    decay = since_start[..., -1, :].exp().unsqueeze(-1)
+    if not active:
+        return torch.zeros_like(v), state
+    since_start = g.cumsum(-2)
+    to_end = _sum_after(g)
+    writers = beta * k
+    attend, erase = (p.unflatten(0, k.shape[:2]) for p in decayed_pairs(*(x.flatten(0, 1) for x in (q, writers, k, g))))
+    start_decay = decay_of(since_start)
+    targets = torch.cat((beta * v, writers * start_decay), -1)
+    solved = torch.linalg.solve_triangular(erase, targets, upper=False, unitriangular=True)
+    written, erased = solved.split((v.shape[-1], k.shape[-1]), -1)
+    readers = torch.cat((erased, q * start_decay), -2)
+    k_end = (k * decay_of(to_end)).transpose(-1, -2)
+    decay = start_decay[..., -1, :].unsqueeze(-1)
 
     outputs, finished, first = [], [], 0
     for count in active:
@@ -129,45 +131,9 @@ def _attend(
         outputs.append(answered + attend[here] @ new)
         state = decay[here] * state + k_end[here] @ new
         first += count
-    o = torch.cat(outputs) if outputs else torch.zeros_like(v)
-    return o, torch.cat([state, *reversed(finished)])
+    return torch.cat(outputs), torch.cat([state, *reversed(finished)])
 
 
-def _intra_chunk(q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P, X [.., C, C], and the log-decays from a chunk's start to each token and from each token to its end [.., C, K].
-
-    Works upward from blocks of one token; every tensor here is [.., blocks, block, *] until the last squeeze.
-    """
-    writers = beta * k
-    attend = (q * k).sum(-1)[..., None, None]
-    solve = torch.ones_like(attend)
-    since_start = g.unsqueeze(-2)
-    to_end = torch.zeros_like(since_start)
-    half = 1
-    while half < g.shape[-2]:
-        early_start, late_start = _pairs(since_start)
-        early_end, late_end = _pairs(to_end)
-        decay = late_start.exp()
-        early = (_pairs(k.unflatten(-2, (-1, half)))[0] * early_end.exp()).transpose(-1, -2)
-        cross_attend = _pairs(q.unflatten(-2, (-1, half)))[1] * decay @ early
-        cross_solve = _pairs(writers.unflatten(-2, (-1, half)))[1] * decay @ early
-        solve_early, solve_late = _pairs(solve)
-        solve = _join(solve_early, -solve_late @ cross_solve @ solve_early, solve_late)
-        attend_early, attend_late = _pairs(attend)
-        attend = _join(attend_early, cross_attend, attend_late)
-        since_start, to_end = (
-            torch.cat((early_start, late_start + early_start[..., -1:, :]), -2),
-            torch.cat((early_end + late_start[..., -1:, :], late_end), -2),
-        )
-        half *= 2
-    return attend.squeeze(-3), solve.squeeze(-3), since_start.squeeze(-3), to_end.squeeze(-3)
-
-
-def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Neighbouring blocks, [.., blocks, block, *] -> the earlier and the later ones, each [.., blocks/2, block, *]."""
-    return x.unflatten(-3, (-1, 2)).unbind(-3)
-
-
-def _join(early: Tensor, cross: Tensor, late: Tensor) -> Tensor:
-    """[[early, 0], [cross, late]], block by block."""
-    return torch.cat((F.pad(early, (0, early.shape[-1])), torch.cat((cross, late), -1)), -2)
+def _sum_after(g: Tensor) -> Tensor:
+    """sum over j > i of g_j, along the tokens of a chunk: summed, not subtracted from the total, to lose no digits."""
+    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)

@@ -1,11 +1,13 @@
-"""The one place that chooses which implementation of an operator runs, by the device of its first argument.
+"""The one place that chooses which implementation of an operator runs, by the device of its first tensor.
 
 `TORCH` runs anywhere. A device type listed in `BY_DEVICE` overrides the operators it names, with the same signatures.
+Autocast is off inside: every operator chooses its own precision.
 """
 
 from collections.abc import Callable, Mapping
 from functools import wraps
 
+import torch
 from deltarl.kernels import chunk, conv, recurrent
 
 TORCH: Mapping[str, Callable] = {
@@ -19,8 +21,10 @@ BY_DEVICE: Mapping[str, Mapping[str, Callable]] = {}
 
 def _dispatched(name: str) -> Callable:
     @wraps(TORCH[name])
-    def operator(x, *args, **kwargs):
-        return BY_DEVICE.get(x.device.type, TORCH).get(name, TORCH[name])(x, *args, **kwargs)
+    def operator(*args, **kwargs):
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return BY_DEVICE.get(device, TORCH).get(name, TORCH[name])(*args, **kwargs)
 
     return operator
 

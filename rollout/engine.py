@@ -1,5 +1,6 @@
 """Starting vLLM inside this process: version check, environment, and the few settings that every engine here needs."""
 
+import ctypes
 import json
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 OLDEST, NEWEST = (0, 26), (0, 32)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class EngineError(ValueError):
@@ -72,6 +74,17 @@ class keep_torch_threads:
         torch.set_num_threads(self.threads)
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to keep freed blocks of any size, instead of returning them and faulting them in again.
+
+    A decode step allocates and frees some MB per layer; page faults otherwise take more time than the arithmetic.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a model folder; EngineError when the folder has none or holds no weights."""
     folder = Path(folder)
@@ -124,6 +137,8 @@ def start(
 ):
     """Start `vllm.LLM` in this process on a model folder and return it; arguments are `make_worker`'s.
 
+    Prompts are read whole (no chunked prefill): at the end of a chunk vLLM draws a token, drops it and winds the
+    request's random generator back, which fails on CPU; and vLLM 0.26 takes a chunk of one token for a decode step.
     Raises EngineError when vLLM is missing or out of range, or the folder holds no model.
     """
     check_vllm_version()
@@ -137,27 +152,30 @@ def start(
         if config.get("linear_attn_config") is not None and not config["linear_attn_config"].get("kda_layers"):
             # without a layer list vLLM takes the class's word that there are KDA layers, and finds no state to cache
             options["hf_overrides"] = {"layer_types": ["full_attention"] * config["num_hidden_layers"]}
+        settings = {
+            "model": str(folder),
+            "skip_tokenizer_init": True,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "seed": seed,
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(max_model_len, 8192),
+            "mamba_ssm_cache_dtype": "float32",
+            "enable_prefix_caching": False,
+            "disable_log_stats": True,
+        }
         undo = None
         if current_platform.is_cpu():
             undo = keep_plain_weights()
+            keep_freed_memory()
             options["enforce_eager"] = True
             options["kv_cache_memory_bytes"] = int(gpu_memory_utilization * psutil.virtual_memory().available)
         try:
-            return LLM(
-                model=str(folder),
-                skip_tokenizer_init=True,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                gpu_memory_utilization=gpu_memory_utilization,
-                seed=seed,
-                logprobs_mode="processed_logprobs",
-                generation_config="vllm",
-                mamba_ssm_cache_dtype="float32",
-                enable_prefix_caching=False,
-                disable_log_stats=True,
-                **options,
-            )
+            return LLM(**(settings | options))
         finally:
             if undo is not None:
                 undo()

@@ -59,11 +59,60 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class KimiDeltaAttention(nn.Module, MambaBase):
-    """KDA (Kimi Linear 2025, eq. 1) over vLLM's state cache; its state update is `deltarl.kernels`'."""
+class KdaStates(MambaBase):
+    """The cached states of all KDA layers, which vLLM manages as one layer's.
+
+    vLLM's scheduler does its bookkeeping per sequence and group of layers; one group instead of one per KDA layer
+    halves its time. Layer i of L owns heads [i·H, (i+1)·H) of L·H.
+    """
 
     def __init__(self, config, vllm_config: VllmConfig, prefix: str) -> None:
+        self.model_config, self.cache_config = vllm_config.model_config, vllm_config.cache_config
+        self.config, self.prefix = config, prefix
+        self.kv_cache: tuple[torch.Tensor, ...] = ()
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return MambaAttentionBackendEnum.GDN_ATTN
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return self.dtypes(self.model_config, self.cache_config)
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        return self.shapes(self.config)
+
+    @staticmethod
+    def dtypes(model_config, cache_config) -> tuple[torch.dtype, ...]:
+        """Dtypes of the convolution cache and the states."""
+        return MambaStateDtypeCalculator.kda_state_dtype(
+            model_config.dtype, cache_config.mamba_cache_dtype, cache_config.mamba_ssm_cache_dtype
+        )
+
+    @staticmethod
+    def shapes(config) -> tuple[tuple[int, ...], ...]:
+        """Shapes of one sequence's convolution cache and states, all KDA layers together."""
+        kda = config.linear_attn_config
+        layers = len(kda["kda_layers"])
+        return MambaStateShapeCalculator.kda_state_shape(
+            1, layers * kda["num_heads"], kda["head_dim"], conv_kernel_size=kda["short_conv_kernel_size"]
+        )
+
+    def of_layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """KDA layer `index`'s cached convolution inputs [slots, 3·H·D, width-1] and states [slots, H, D, D]."""
+        kda = self.config.linear_attn_config
+        heads, size = kda["num_heads"], 3 * kda["num_heads"] * kda["head_dim"]
+        conv, state = self.kv_cache
+        conv = conv if is_conv_state_dim_first() else conv.transpose(-1, -2)
+        return conv[:, index * size : (index + 1) * size], state[:, index * heads : (index + 1) * heads]
+
+
+class KimiDeltaAttention(nn.Module):
+    """KDA (Kimi Linear 2025, eq. 1) over vLLM's state cache; its state update is `deltarl.kernels`'."""
+
+    def __init__(self, config, states: KdaStates, index: int) -> None:
         super().__init__()
+        self.states, self.index = states, index
         kda = config.linear_attn_config
         self.num_heads, self.head_dim, self.conv_width = (
             kda["num_heads"],
@@ -72,9 +121,6 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         )
         self.size = self.num_heads * self.head_dim
         self.gate_lower_bound = getattr(config, "gate_lower_bound", None)
-        self.prefix = prefix
-        self.model_config, self.cache_config = vllm_config.model_config, vllm_config.cache_config
-
         self.in_proj = FusedLinear(config.hidden_size, [3 * self.size, self.head_dim, self.head_dim, self.num_heads])
         qkv, f_a, g_a, b = self.in_proj.matrix.split(self.in_proj.sizes)
         self.q_proj, self.k_proj, self.v_proj = (Weight(block) for block in qkv.chunk(3))
@@ -88,26 +134,6 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         self.o_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.o_proj = nn.Linear(self.size, config.hidden_size, bias=False)
 
-        layers = vllm_config.compilation_config.static_forward_context
-        if prefix in layers:
-            raise ValueError(f"duplicate layer name {prefix}")
-        layers[prefix] = self
-        self.kv_cache: tuple[torch.Tensor, ...] = ()
-
-    @property
-    def mamba_type(self) -> MambaAttentionBackendEnum:
-        return MambaAttentionBackendEnum.GDN_ATTN
-
-    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return MambaStateDtypeCalculator.kda_state_dtype(
-            self.model_config.dtype, self.cache_config.mamba_cache_dtype, self.cache_config.mamba_ssm_cache_dtype
-        )
-
-    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return MambaStateShapeCalculator.kda_state_shape(
-            1, self.num_heads, self.head_dim, conv_kernel_size=self.conv_width
-        )
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden] -> [tokens, hidden], the batch's sequences one after another."""
         qkv, f, gate, beta = self.in_proj(x)
@@ -116,7 +142,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM's profiling run has no cache
             return torch.zeros_like(x)
-        out = self.attend(metadata[self.prefix], qkv, decay, beta)
+        out = self.attend(metadata[self.states.prefix], qkv, decay, beta)
         out = self.o_norm(out).view(-1, self.size) * gate.sigmoid()
         return self.o_proj(out)
 
@@ -146,16 +172,11 @@ class KimiDeltaAttention(nn.Module, MambaBase):
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cached convolution inputs [slots, 3·H·D, width-1] and states [slots, H, D, D]."""
-        conv, state = self.kv_cache
-        return conv if is_conv_state_dim_first() else conv.transpose(-1, -2), state
-
     def heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return qkv.view(*qkv.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
 
     def decode(self, qkv: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        conv_cache, state_cache = self.caches()
+        conv_cache, state_cache = self.states.of_layer(self.index)
         y, conv = causal_conv1d(
             qkv.unsqueeze(1), self.conv_weight, initial_state=conv_cache[slots], output_final_state=True
         )
@@ -183,7 +204,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         cu_seqlens: torch.Tensor,
         has_state: torch.Tensor,
     ) -> torch.Tensor:
-        conv_cache, state_cache = self.caches()
+        conv_cache, state_cache = self.states.of_layer(self.index)
         y, conv = causal_conv1d(
             qkv.unsqueeze(0),
             self.conv_weight,

@@ -3,23 +3,33 @@
 from collections.abc import Iterable
 
 import torch
-from deltarl.rollout.vllm_layers import DenseFFN, KimiDeltaAttention, LatentAttention, MoEFFN, RMSNorm, Weight
+from deltarl.rollout.vllm_layers import (
+    DenseFFN,
+    KdaStates,
+    KimiDeltaAttention,
+    LatentAttention,
+    MoEFFN,
+    RMSNorm,
+    Weight,
+)
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.mamba.mamba_utils import (
-    MambaStateCopyFuncCalculator,
-    MambaStateDtypeCalculator,
-    MambaStateShapeCalculator,
-)
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 
 
+def kda_layers(config) -> list[int]:
+    return [index for index in range(config.num_hidden_layers) if config.is_kda_layer(index)]
+
+
 class Layer(nn.Module):
-    def __init__(self, config, vllm_config: VllmConfig, prefix: str, index: int) -> None:
+    def __init__(self, config, vllm_config: VllmConfig, prefix: str, index: int, states: KdaStates | None) -> None:
         super().__init__()
-        attention = KimiDeltaAttention if config.is_kda_layer(index) else LatentAttention
-        self.self_attn = attention(config, vllm_config, f"{prefix}.self_attn")
+        if config.is_kda_layer(index):
+            self.self_attn = KimiDeltaAttention(config, states, kda_layers(config).index(index))
+        else:
+            self.self_attn = LatentAttention(config, vllm_config, f"{prefix}.self_attn")
         if config.is_moe and index >= config.first_k_dense_replace and index % config.moe_layer_freq == 0:
             self.block_sparse_moe = MoEFFN(config)
         else:
@@ -37,8 +47,12 @@ class Decoder(nn.Module):
     def __init__(self, config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.embed_tokens = Weight(torch.empty(config.vocab_size, config.hidden_size))
+        states = None
+        if linear := kda_layers(config):  # vLLM wants one number in a cached layer's name
+            states = KdaStates(config, vllm_config, f"{prefix}.layers.{linear[0]}.kda_states")
         self.layers = nn.ModuleList(
-            Layer(config, vllm_config, f"{prefix}.layers.{index}", index) for index in range(config.num_hidden_layers)
+            Layer(config, vllm_config, f"{prefix}.layers.{index}", index, states)
+            for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -77,17 +91,11 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        cache = vllm_config.cache_config
-        return MambaStateDtypeCalculator.kda_state_dtype(
-            vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
-        )
+        return KdaStates.dtypes(vllm_config.model_config, vllm_config.cache_config)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        kda = vllm_config.model_config.hf_config.linear_attn_config
-        return MambaStateShapeCalculator.kda_state_shape(
-            1, kda["num_heads"], kda["head_dim"], conv_kernel_size=kda["short_conv_kernel_size"]
-        )
+        return KdaStates.shapes(vllm_config.model_config.hf_config)
 
     @classmethod
     def get_mamba_state_copy_func(cls):

@@ -7,8 +7,8 @@ from deltarl.rewards.math.evaluate import Undefined
 from deltarl.rewards.math.intervals import is_inequality, names_a_set, real_set, same_set
 from deltarl.rewards.math.lexer import LimitError, ParseError
 from deltarl.rewards.math.matrices import folded
-from deltarl.rewards.math.nodes import Node
-from deltarl.rewards.math.scalars import Rules, matches, names, same_up_to_factor, same_value
+from deltarl.rewards.math.nodes import Node, names
+from deltarl.rewards.math.scalars import Rules, matches, same_up_to_factor, same_value
 
 MAX_ITEMS = 100
 ORDERS = {"<": ">", "<=": ">="}

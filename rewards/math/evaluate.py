@@ -12,7 +12,7 @@ from typing import Any
 
 from deltarl.rewards.math.integers import exact_root, hash_number
 from deltarl.rewards.math.lexer import LimitError, ParseError
-from deltarl.rewards.math.nodes import Node
+from deltarl.rewards.math.nodes import Node, names
 from mpmath import MPContext
 
 MAX_BITS = 60_000
@@ -38,7 +38,9 @@ class NotANumber(ParseError):
 
 
 class Evaluator:
-    """Evaluates trees at one precision; `magnitude` is the largest |log2| of a value met on the way.
+    """Evaluates trees at one precision.
+
+    magnitude: the largest |log2| of a value met on the way. exact: nothing was rounded on the way.
 
     real: roots and logarithms of negative numbers are Undefined instead of complex.
     """
@@ -47,6 +49,7 @@ class Evaluator:
         self.environment = environment
         self.real = real
         self.magnitude = 0
+        self.exact = True
         self.mp = _context()
         self.mp.prec = precision
 
@@ -59,6 +62,7 @@ class Evaluator:
         return result
 
     def inexact(self, value: Number) -> Number:
+        self.exact = False
         if isinstance(value, Fraction):
             self._measure(value)
             return self.mp.mpf(value.numerator) / value.denominator
@@ -172,12 +176,9 @@ def _sym(self: Evaluator, node: Node) -> Number:
     name = node[1]
     if name in self.environment:
         return self.environment[name]
-    if name == "pi":
-        return +self.mp.pi
-    if name == "e":
-        return +self.mp.e
-    if name == "i":
-        return self.mp.mpc(0, 1)
+    if name in ("pi", "e", "i"):
+        self.exact = False
+        return self.mp.mpc(0, 1) if name == "i" else +getattr(self.mp, name)
     raise NotANumber("infinity" if name == "oo" else f"{name} has no value")
 
 
@@ -187,6 +188,15 @@ def _mul(self: Evaluator, node: Node) -> Number:
         result = self.product(result, self.value(factor))
         self._measure(result)
     return result
+
+
+def _pow(self: Evaluator, node: Node) -> Number:
+    """A name in the exponent stands for any real number, so that a negative base has no value between integers."""
+    base, exponent = self.value(node[1]), self.value(node[2])
+    whole = isinstance(exponent, Fraction) and exponent.denominator == 1
+    if self.real and not whole and names(node[2]) and self.inexact(base).real < 0:
+        raise Undefined("a power of a negative number")
+    return self.power(base, exponent)
 
 
 def _root(self: Evaluator, node: Node) -> Number:
@@ -211,7 +221,10 @@ def _gamma(self: Evaluator, value: Number) -> Number:
     number = self.inexact(value)
     if abs(number) > MAX_FACTORIAL:
         raise LimitError("a gamma function past the bound")
-    return self.mp.gamma(number + 1)
+    try:
+        return self.mp.gamma(number + 1)
+    except ValueError as error:
+        raise Undefined("a factorial of a negative integer") from error
 
 
 def _based(_: Evaluator, node: Node) -> Number:
@@ -360,7 +373,7 @@ HANDLERS: dict[str, Callable[[Evaluator, Node], Number]] = {
     "neg": lambda self, node: -self.value(node[1]),
     "mul": _mul,
     "div": lambda self, node: self.quotient(self.value(node[1]), self.value(node[2])),
-    "pow": lambda self, node: self.power(self.value(node[1]), self.value(node[2])),
+    "pow": _pow,
     "root": _root,
     "fact": _factorial,
     "pct": lambda self, node: self.value(node[1]) / 100,

@@ -8,7 +8,7 @@ THOUGHT_END = re.compile(r"</think(?:ing)?>|</REASONING_END>")
 THOUGHT_START = re.compile(r"<think(?:ing)?>")
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 AND = re.compile(r"(?:\s|[$,;.&]|\\[()\[\],;: ]|\\text\s*\{[^{}]{0,40}\}|\\q?quad|\band\b|\bor\b)*")
-NEAR_BOXES = re.compile(r"\s*(?:\w+\s+){0,2}(?:and|or|,)\s*(?:\w+\s+)?")
+NEAR_BOXES = re.compile(r"\s*(?:\w+\s+){0,2}(?:and|or|,)\s*")
 PHRASE = re.compile(
     r"(?:\bfinal\s+answer|\banswer|\bfinal\s+result|\bresult|\bsolutions?|\u7b54\u6848|\br\xe9ponse)\s*"
     r"(?P<joint>\*{0,2}\s*(?:is\b|are\b|est\b|=|:|\uff1a|\u662f|\u4e3a)[\s:*]*(?:\bis\b\s*|\btherefore\b,?\s*|\bequals?\b\s*|:)?)",
@@ -17,7 +17,10 @@ PHRASE = re.compile(
 HASHES = re.compile(r"####[ \t]*(?P<answer>[^\n]+)")
 MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$]+?)(?<!\\)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 SENTENCE_END = re.compile(r"(?<=[^\d\s])\.(?=\s|$)|(?<=\d)\.(?=\s|$)|\n\n|\n(?=[A-Z])|<\|")
-NUMBER_AT_START = re.compile(r"[-+]?\s*[$€£]?\s*(?:\d[\d,]*(?:\.\d+)?(?:\s+\d+/\d+|/\d+)?|\.\d+)\s*(?:%|\\%)?")
+NUMBER_AT_START = re.compile(
+    r"[-+]?\s*[$€£]?\s*(?:\d[\d,]*(?:\.\d+)?(?:\s+\d+/\d+|/\d+)?|\.\d+)\s*(?:%|\\%)?(?=$|[\s.,;:)])"
+)
+DIGIT = re.compile(r"\d")
 NUMBER = re.compile(r"(?<![A-Za-z0-9_.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?(?:\\?%)?")
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 THAT_IS = re.compile(r".*(?:\bis|\bare|\bequals)\s+(?=\S)", re.DOTALL)
@@ -113,12 +116,15 @@ def stated(text: str) -> str | None:
 
 def readings_of(statement: str) -> list[str]:
     """How to read a statement: its one math span, itself when it is not prose, or the number that it starts with."""
-    if len(WORD.findall(statement)) > 1:
-        statement = THAT_IS.sub("", statement)
+    number = NUMBER_AT_START.match(statement)
+    if len(WORD.findall(statement)) > 1 and not number:
+        that_is = THAT_IS.match(statement)
+        statement = statement[that_is.end() :] if that_is else statement
     spans = _spans(statement)
     if len(spans) == 1:
         return spans
     number = NUMBER_AT_START.match(statement)
+    number = number if number and not DIGIT.search(statement, number.end()) else None
     itself = [statement] if len(WORD.findall(statement)) <= MAX_WORDS or not number else []
     return [*itself, *([number[0].strip()] if number else [])]
 
@@ -139,6 +145,12 @@ def lenient(text: str) -> list[str]:
     if spans and (not numbers or numbers[-1].start() < spans[-1].end()):
         return _spans(text)[-1:]
     return [numbers[-1][0]] if numbers else []
+
+
+def only_span(text: str) -> list[str]:
+    """The math span of a text that holds no other."""
+    spans = _spans(text)
+    return spans if len(spans) == 1 else []
 
 
 def _spans(text: str) -> list[str]:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from deltarl.rewards.math.evaluate import Evaluator, NotANumber, Undefined
 from deltarl.rewards.math.lexer import LimitError, ParseError
-from deltarl.rewards.math.nodes import Node
-from deltarl.rewards.math.scalars import names, number
+from deltarl.rewards.math.nodes import Node, names
+from deltarl.rewards.math.scalars import number
 
 MAX_PIECES = 400
 INFINITY: Node = ("sym", "oo")

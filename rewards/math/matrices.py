@@ -7,6 +7,7 @@ from deltarl.rewards.math.nodes import Node
 
 MAX_CELLS = 900
 MAX_PRODUCTS = 2000
+MAX_FACTORS = 5
 
 
 def folded(node: Node) -> Node:
@@ -28,6 +29,8 @@ def folded(node: Node) -> Node:
             total = _added(total, folded(term))
         return total
     if node[0] == "mul":
+        if len(node[1]) > MAX_FACTORS:
+            raise LimitError(f"a product of matrices with more than {MAX_FACTORS} factors")
         product = folded(node[1][0])
         for factor in node[1][1:]:
             product = _multiplied(product, folded(factor))

@@ -21,6 +21,24 @@ from deltarl.rewards.math.lexer import LimitError, ParseError
 Node = tuple[Any, ...]
 
 MAX_EXPONENT_10 = 2000
+CONSTANT_NAMES = frozenset(("e", "i", "pi", "oo"))
+
+
+def names(node: Node) -> frozenset[str]:
+    """The free names of a tree."""
+    if node[0] == "sym":
+        return frozenset() if node[1] in CONSTANT_NAMES else frozenset((node[1],))
+    found: frozenset[str] = frozenset()
+    for part in node:
+        if isinstance(part, tuple) and part:
+            found |= names(part)
+    return found
+
+
+def uses(node: Node, name: str) -> bool:
+    if node == ("sym", name):
+        return True
+    return any(isinstance(part, tuple) and uses(part, name) for part in node)
 
 
 def literal_node(literal: str) -> Node:

@@ -12,7 +12,7 @@ LEAD_WORDS = words("approximately about exactly is the answer equals only theref
 
 
 def parse(text: str, *, thousands: bool = True) -> Node:
-    """The tree of an answer's text, as `lexer.clean` gives it; `thousands` reads 1,234 as a number, else as two items."""
+    """The tree of a text that `clean` has been over; `thousands` reads 1,234 as a number, else as two items."""
     return _Parser(tokenize(join_thousands(text) if thousands else text)).whole()
 
 

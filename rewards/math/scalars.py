@@ -14,9 +14,8 @@ from deltarl.rewards.math.evaluate import (
     Undefined,
 )
 from deltarl.rewards.math.integers import hash_number
-from deltarl.rewards.math.nodes import Node
+from deltarl.rewards.math.nodes import Node, names, uses
 
-CONSTANT_NAMES = frozenset(("e", "i", "pi", "oo"))
 PROBES = 8
 PROBES_NEEDED = 3
 LONE_DECIMAL_DIGITS = 3
@@ -31,23 +30,6 @@ class Rules:
 
     precision: int = 6
     percent_either: bool = True
-
-
-def names(node: Node) -> frozenset[str]:
-    """The free names of a tree."""
-    if node[0] == "sym":
-        return frozenset() if node[1] in CONSTANT_NAMES else frozenset((node[1],))
-    found: frozenset[str] = frozenset()
-    for part in node:
-        if isinstance(part, tuple) and part:
-            found |= names(part)
-    return found
-
-
-def uses(node: Node, name: str) -> bool:
-    if node == ("sym", name):
-        return True
-    return any(isinstance(part, tuple) and uses(part, name) for part in node)
 
 
 def same_value(left: Node, right: Node) -> bool:
@@ -77,7 +59,7 @@ def agree(left: Node, right: Node, environment: Environment, real: bool) -> bool
     while True:
         evaluator = Evaluator(environment, precision, real)
         a, b = evaluator.value(left), evaluator.value(right)
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
+        if evaluator.exact:
             return a == b
         needed = 4 * evaluator.magnitude + FIRST_PRECISION
         if needed <= precision:

@@ -22,7 +22,7 @@ DECIMAL_COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})|-?0,\d+")
 TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|textit|mbox|textnormal|textrm)\s*\{([^{}]*)\}")
 SPACING = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|q?quad|displaystyle)(?![a-zA-Z])|\\[,;:! ]|~")
 BLANKS = re.compile(r"(?<![\d,]) | (?!\d)")
-WORDS = re.compile(r"[A-Za-z'()\-]+")
+WORDS = re.compile(r"\(?[A-Za-z'\-]+\)?")
 INTEGER = re.compile(r"-?(?:0|[1-9]\d{0,14})")
 CHOICES = frozenset("ABCDEFGHIJ")
 CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:]|$)(.*)", re.DOTALL)
@@ -154,7 +154,7 @@ def read_gold(text: str) -> Reading:
     if reading.words or reading.unevaluated:
         return replace(reading, problem=None)
     stated = extract.stated(text)
-    texts = extract.readings_of(stated) if stated else extract.lenient(text)
+    texts = extract.readings_of(stated) if stated else extract.only_span(text)
     return next((r for r in map(read, texts) if r.trees), reading)
 
 

@@ -109,7 +109,7 @@ def _attend(
     if not active:
         return torch.zeros_like(v), state
     since_start = g.cumsum(-2)
-    to_end = _sum_after(g)
+    to_end = torch.ones(CHUNK, CHUNK, device=g.device, dtype=g.dtype).triu(1) @ g
     writers = beta * k
     attend, erase = (p.unflatten(0, k.shape[:2]) for p in decayed_pairs(*(x.flatten(0, 1) for x in (q, writers, k, g))))
     start_decay = decay_of(since_start)
@@ -120,20 +120,14 @@ def _attend(
     k_end = (k * decay_of(to_end)).transpose(-1, -2)
     decay = start_decay[..., -1, :].unsqueeze(-1)
 
-    outputs, finished, first = [], [], 0
-    for count in active:
+    outputs, finished = [], []
+    chunks = zip(*(x.split(active) for x in (readers, written, attend, decay, k_end)), strict=True)
+    for count, (reader, target, attended, decayed, key) in zip(active, chunks, strict=True):
         if count < len(state):
             finished.append(state[count:])
             state = state[:count]
-        here = slice(first, first + count)
-        recalled, answered = (readers[here] @ state).chunk(2, -2)
-        new = written[here] - recalled
-        outputs.append(answered + attend[here] @ new)
-        state = decay[here] * state + k_end[here] @ new
-        first += count
+        recalled, answered = (reader @ state).chunk(2, -2)
+        new = target - recalled
+        outputs.append(answered + attended @ new)
+        state = decayed * state + key @ new
     return torch.cat(outputs), torch.cat([state, *reversed(finished)])
-
-
-def _sum_after(g: Tensor) -> Tensor:
-    """sum over j > i of g_j, along the tokens of a chunk: summed, not subtracted from the total, to lose no digits."""
-    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)

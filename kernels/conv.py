@@ -59,19 +59,16 @@ class _ShiftedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, activation: str | None) -> Tensor:
         total = _shifted_sum(x, weight)
-        ctx.save_for_backward(x, weight)
-        ctx.activation = activation
+        ctx.save_for_backward(x, weight, total if activation else None)
         return (F.silu(total) if activation else total).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
+        x, weight, total = ctx.saved_tensors
         dtype = torch.promote_types(x.dtype, torch.float32)
         dtotal = dy.to(dtype)
-        if ctx.activation:
-            total = _shifted_sum(x, weight)
-            gate = total.sigmoid()
-            dtotal = dtotal * gate * (1 + total * (1 - gate))
+        if total is not None:
+            dtotal = torch.ops.aten.silu_backward(dtotal, total)
         taps = weight.to(dtype).unbind(1)
         tokens = dy.shape[1]
         dx = torch.zeros(x.shape, dtype=dtype, device=x.device)

@@ -151,7 +151,7 @@ def start(
 
         if config.get("linear_attn_config") is not None and not config["linear_attn_config"].get("kda_layers"):
             # without a layer list vLLM takes the class's word that there are KDA layers, and finds no state to cache
-            options["hf_overrides"] = {"layer_types": ["full_attention"] * config["num_hidden_layers"]}
+            options["hf_overrides"] = {"layer_types": ["attention"] * config["num_hidden_layers"]}
         settings = {
             "model": str(folder),
             "skip_tokenizer_init": True,
@@ -168,6 +168,8 @@ def start(
             "enable_prefix_caching": False,
             "disable_log_stats": True,
         }
+        if config.get("gate_lower_bound") is not None and not current_platform.is_cpu():
+            raise EngineError("vLLM's Kimi Linear class has no bounded gate: leave gate_lower_bound unset on a GPU")
         undo = None
         if current_platform.is_cpu():
             undo = keep_plain_weights()

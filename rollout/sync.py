@@ -17,6 +17,9 @@ DERIVED = ("W_UV", "W_UK_T")
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Layers that vLLM stacks by rows, and the checkpoint's layers in that order."""
 
+PLAIN_EXPERTS = ("TRITON", "BATCHED_TRITON")
+"""vLLM's expert kernels that read weights as they are loaded; for others vLLM reorders them, once, when it starts."""
+
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,13 +54,17 @@ def engine_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             for part, view in zip(PACKED[layer], param.data.split(sizes), strict=True):
                 found[f"{parent}.{part}.{leaf}"] = view
         elif leaf in ("w13_weight", "w2_weight"):
+            backend = model.get_submodule(path).quant_method.unquantized_backend.name
+            if backend not in PLAIN_EXPERTS:
+                raise WeightSyncError(f"the engine packs experts for {backend}; set moe_backend=triton to sync them")
             found.update(expert_tensors(path, leaf, param.data))
         elif param.numel() == 0:
             raise WeightSyncError(
                 f"the engine holds {name} in a packed layout that cannot be read back: report this model"
             )
         else:
-            found[name] = param.data
+            rows = getattr(model.get_submodule(path), "org_vocab_size", None)  # vLLM pads vocabularies
+            found[name] = param.data if rows is None else param.data[:rows]
     return found
 
 
@@ -92,10 +99,10 @@ def match(offered: dict[str, torch.Tensor], held: dict[str, torch.Tensor]) -> No
             "give the tensors of checkpoint_tensors(model) of the model that was served; old weights stay"
         )
     for name, view in held.items():
-        rows = offered[name].shape
-        if rows.numel() != readable(view, rows).numel():
+        given = offered[name].shape
+        if given.numel() != view.numel() or [n for n in given if n > 1] != [n for n in view.shape if n > 1]:
             raise WeightSyncError(
-                f"{name} has shape {tuple(rows)}, the engine's is {tuple(view.shape)}: give weights of the model "
+                f"{name} has shape {tuple(given)}, the engine's is {tuple(view.shape)}: give weights of the model "
                 "that was served; old weights stay"
             )
 
@@ -105,12 +112,6 @@ def listed(what: str, names: list[str], most: int = 5) -> str:
         return ""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{what} {', '.join(names[:most])}{more}; "
-
-
-def readable(view: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The rows of an engine tensor that a checkpoint fills: vLLM pads vocabularies with rows at the end."""
-    padded = view.ndim == len(shape) and view.shape[0] > shape[0] and view.shape[1:] == shape[1:]
-    return view[: shape[0]] if padded else view
 
 
 def load_in_place(model: nn.Module, offered: dict[str, torch.Tensor], held: dict[str, torch.Tensor]) -> None:
@@ -136,7 +137,7 @@ def prove(held: dict[str, torch.Tensor], offered: dict[str, torch.Tensor]) -> tu
     wrong = []
     for name in sorted(held):
         sent = offered[name].detach().to(held[name].dtype)
-        expected, arrived = checksum(sent), checksum(readable(held[name], sent.shape))
+        expected, arrived = checksum(sent), checksum(held[name])
         if expected != arrived:
             wrong.append(name)
         digest.update(f"{name} {sent.dtype} {tuple(sent.shape)} {arrived:016x}\n".encode())

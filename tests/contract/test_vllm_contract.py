@@ -1,0 +1,165 @@
+"""Pins the private parts of vLLM that rollout/ touches; each failure says what changed and where we use it."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is an optional part: the contract holds where it is installed")
+
+from deltarl.rollout.engine import check_vllm_version, prepare_environment
+
+prepare_environment()
+
+from vllm.platforms import current_platform  # noqa: E402
+
+ON_CPU = pytest.mark.skipif(not current_platform.is_cpu(), reason="a part of vLLM's CPU platform")
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def source_has(thing, text: str, used: str) -> None:
+    name = getattr(thing, "__qualname__", thing)
+    assert text in inspect.getsource(thing), f"vLLM changed {name}: {text!r} is gone; used in {used}"
+
+
+def test_version_is_supported() -> None:
+    check_vllm_version()
+
+
+@ON_CPU
+def test_cpu_linears_ask_one_function_before_packing() -> None:
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    used = "rollout/engine.py keep_plain_weights"
+    assert parameters(utils.dispatch_cpu_unquantized_gemm) == ["layer", "remove_weight"], used
+    source_has(utils.cpu_unquantized_gemm, "layer.cpu_linear(x, weight, bias)", used)
+    for method in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        source_has(
+            method.process_weights_after_loading,
+            "from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm",
+            used,
+        )
+
+
+@ON_CPU
+def test_cpu_worker_replaces_set_num_threads() -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    source_has(CPUWorker.init_device, "torch.set_num_threads = ", "rollout/engine.py keep_torch_threads")
+
+
+def test_the_engine_s_model_is_reachable_in_process() -> None:
+    from vllm.v1.engine.core_client import InprocClient
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    used = "rollout/worker.py VllmWorker.model and close"
+    source_has(LLMEngine.__init__, "self.model_executor = self.engine_core.engine_core.model_executor", used)
+    source_has(UniProcExecutor._init_executor, "self.driver_worker", used)
+    assert hasattr(GPUModelRunner, "get_model"), used
+    assert hasattr(InprocClient, "shutdown"), used
+
+
+def test_the_engine_can_be_stepped() -> None:
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    used = "rollout/worker.py VllmWorker._generate"
+    assert parameters(LLMEngine.add_request)[1:4] == ["request_id", "prompt", "params"], used
+    assert hasattr(LLMEngine, "step") and hasattr(LLMEngine, "has_unfinished_requests"), used
+    source_has(OutputProcessor.__init__, "self.request_states", used)
+    source_has(RequestState.__init__, "self.detokenizer", used)
+    assert hasattr(IncrementalDetokenizer, "num_output_tokens"), used
+
+
+def test_engine_arguments_exist() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in fields(EngineArgs)}
+    needed = {
+        "skip_tokenizer_init",
+        "logprobs_mode",
+        "generation_config",
+        "enable_chunked_prefill",
+        "max_num_batched_tokens",
+        "mamba_ssm_cache_dtype",
+        "enable_prefix_caching",
+        "kv_cache_memory_bytes",
+        "hf_overrides",
+    }
+    assert needed <= known, f"vLLM dropped {sorted(needed - known)}; used in rollout/engine.py start"
+
+
+def test_sampling_parameters_exist() -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    assert {"logprobs", "seed", "detokenize", "ignore_eos", "output_kind", "stop_token_ids"} <= set(
+        parameters(SamplingParams)
+    ), "rollout/worker.py VllmWorker._generate"
+    assert RequestOutputKind.FINAL_ONLY
+
+
+def test_a_hybrid_without_state_layers_counts_as_plain() -> None:
+    from vllm.config import ModelConfig
+
+    used = "rollout/engine.py start, hf_overrides for arms without KDA layers"
+    source_has(ModelConfig.is_hybrid.fget, 'getattr(self.hf_config, "layer_types", None)', used)
+
+
+def test_latent_attention_can_be_switched_off() -> None:
+    from vllm import envs
+
+    assert "VLLM_MLA_DISABLE" in envs.environment_variables, "rollout/plugin.py"
+
+
+def test_latent_attention_refreshes_its_absorbed_weights_in_place() -> None:
+    from vllm.model_executor.layers.attention import MLAAttention
+
+    used = "rollout/sync.py load_in_place"
+    for name in ("W_UV", "W_UK_T"):
+        source_has(MLAAttention.process_weights_after_loading, f'replace_parameter(self, "{name}"', used)
+    source_has(MLAAttention.process_weights_after_loading, "prefer_copy=True", used)
+
+
+def test_stacked_layers_say_their_parts() -> None:
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    used = "rollout/sync.py engine_tensors"
+    source_has(MergedColumnParallelLinear.__init__, "self.output_sizes", used)
+    source_has(QKVParallelLinear.__init__, "output_sizes", used)
+    source_has(VocabParallelEmbedding.__init__, "self.org_vocab_size", used)
+
+
+def test_state_cache_interface() -> None:
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
+
+    used = "rollout/vllm_layers.py KdaStates"
+    assert {"get_state_shape", "get_state_dtype", "mamba_type"} == set(MambaBase.__abstractmethods__), used
+    shapes = MambaStateShapeCalculator.kda_state_shape(1, 6, 32, conv_kernel_size=4)
+    assert sorted(shapes[0]) == [3, 3 * 6 * 32] and shapes[1] == (6, 32, 32), used
+    assert parameters(MambaStateDtypeCalculator.kda_state_dtype)[:2] == ["model_dtype", "mamba_cache_dtype"], used
+
+
+def test_gdn_metadata_fields() -> None:
+    from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
+
+    needed = {
+        "num_decodes",
+        "num_prefills",
+        "num_actual_tokens",
+        "non_spec_state_indices_tensor",
+        "non_spec_query_start_loc",
+        "has_initial_state",
+    }
+    gone = needed - {field.name for field in fields(GDNAttentionMetadata)}
+    assert not gone, f"vLLM dropped {sorted(gone)}; used in rollout/vllm_layers.py KimiDeltaAttention.attend"

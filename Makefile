@@ -22,10 +22,10 @@ lint: setup-test
 	.venv/bin/ruff format --check .
 
 setup:
-	@requirements/install.sh cpu reasoning-gym
+	@requirements/install.sh cpu
 
 setup-test:
-	@requirements/install.sh cpu reasoning-gym test
+	@requirements/install.sh cpu test
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis deltarl.egg-info

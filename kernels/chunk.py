@@ -13,9 +13,10 @@ P and A come from `deltarl.kernels.pairs`, which says why no decay overflows; X 
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from deltarl.kernels.inputs import decay_of, initial_or_zero, prepare, sequence_lengths
 from deltarl.kernels.pairs import decayed_pairs
-from torch import Tensor
 
 CHUNK = 32
 

@@ -7,8 +7,9 @@ W is 4: on a CPU four shifted multiply-adds over [B, T, D] are faster than a gro
 
 import torch
 import torch.nn.functional as F
-from deltarl.kernels.inputs import sequence_lengths
 from torch import Tensor
+
+from deltarl.kernels.inputs import sequence_lengths
 
 
 def causal_conv1d(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 
 import torch
+
 from deltarl.kernels import chunk, conv, recurrent
 
 TORCH: Mapping[str, Callable] = {

@@ -15,8 +15,9 @@ number, no sum is a difference of large ones, and so no strength of decay overfl
 from functools import lru_cache
 
 import torch
-from deltarl.kernels.inputs import decay_of
 from torch import Tensor
+
+from deltarl.kernels.inputs import decay_of
 
 
 def decayed_pairs(q: Tensor, w: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

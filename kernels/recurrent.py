@@ -1,8 +1,9 @@
 """Kimi Delta Attention for decoding: one token (or a few) for many sequences at once."""
 
 import torch
-from deltarl.kernels.inputs import initial_or_zero, prepare, sequence_lengths
 from torch import Tensor
+
+from deltarl.kernels.inputs import initial_or_zero, prepare, sequence_lengths
 
 
 def kda_recurrent(

@@ -6,8 +6,9 @@
 """
 
 import torch
-from deltarl.kernels.inputs import initial_or_zero, prepare, sequence_lengths
 from torch import Tensor
+
+from deltarl.kernels.inputs import initial_or_zero, prepare, sequence_lengths
 
 
 def kda_reference(

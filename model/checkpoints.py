@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from deltarl.model.config import HybridConfig
-from deltarl.model.hybrid import HybridForCausalLM
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
+
+from deltarl.model.config import HybridConfig
+from deltarl.model.hybrid import HybridForCausalLM
 
 # transformers renames checkpoint tensors by model class; ours are renamed as its own Kimi Linear's are.
 register_checkpoint_conversion_mapping(

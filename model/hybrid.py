@@ -9,13 +9,14 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from deltarl.kernels import causal_conv1d, kda_chunk, kda_recurrent
-from deltarl.model.config import KDA, HybridConfig
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+
+from deltarl.kernels import causal_conv1d, kda_chunk, kda_recurrent
+from deltarl.model.config import KDA, HybridConfig
 
 FP32_ALWAYS = ("A_log", "dt_bias")
 

@@ -7,6 +7,7 @@ which is chosen so that the parameters equal those of the `kda` arm as nearly as
 from typing import Any
 
 import torch
+
 from deltarl.model.config import KDA, MLA, HybridConfig
 from deltarl.model.hybrid import HybridForCausalLM
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv from the locks named: `requirements/install.sh cpu [reasoning-gym] [test]`. What is up to date already
+# Sets up .venv from the locks named: `requirements/install.sh cpu [test]`. What is up to date already
 # is left alone, and two calls at once take turns. PYTHON names the interpreter (default python3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -57,12 +57,6 @@ install_torch() {
     "$python" -m pip uninstall --quiet --yes uv
 }
 
-require_compiler() {
-    command -v cc >/dev/null &&
-        "$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' ||
-        fail "reasoning-gym needs pycosat, which is compiled here: apt install gcc python3-dev"
-}
-
 # Proves that the engine and the learner import. Writes the bytecode of what they load, which pip was told not to do
 # for every file of every package: 7 seconds less at each later start for one slow start now. -P, because the folder
 # kernels/ here is not the library of that name that transformers looks for.
@@ -78,7 +72,7 @@ install_lock() {
     key=$(digest "$lock")
     is_current "$1" "$key" && return
     count=$(grep -c '==' "$lock")
-    case $1 in cpu) install_torch ;; reasoning-gym) require_compiler ;; esac
+    [ "$1" != cpu ] || install_torch
     say "installing the $count packages of $lock"
     pip_install "$count" -r "$lock" || fail "$lock could not be installed; the reason is above (network, or disk space?)"
     [ "$1" != cpu ] || check_imports

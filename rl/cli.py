@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from pathlib import Path
 
+from deltarl import __version__
 from deltarl.rl.errors import UserError
 from deltarl.rl.interrupt import Interrupted
-
-from deltarl import __version__
 
 EXAMPLES = """examples:
   deltarl train jobs/quickstart.yaml --set rl.steps=20 --set seed=1
@@ -21,6 +22,8 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when it did what was asked, 2 for input that cannot be used, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the other core's phase
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # deltarl pins its own range
     try:
         return args.run(args) or 0
     except UserError as error:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from deltarl.rl.errors import UserError
 from deltarl.rl.interrupt import Interrupted
 from deltarl.rl.jobs import Comparison, Job, dump_job, load_comparison, read_yaml, set_key, validate
 from deltarl.rl.metrics import load_run
 from deltarl.rl.report import write_comparison
-from tqdm import tqdm
 
 EXIT_INTERRUPTED = 130
 

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
+
 from deltarl.rewards import VerifierHost
 from deltarl.rl.jobs import Job
 from deltarl.rl.problems import Problem, user_messages
 from deltarl.rl.prompts import render_prompts
 from deltarl.rollout import RolloutWorker, Sampling
-from tqdm import tqdm
 
 
 def evaluate(
@@ -52,7 +53,7 @@ def evaluate(
     responses = tokenizer.batch_decode([trace.completion_ids for trace in traces], skip_special_tokens=True)
     verdicts = host.verify(
         [
-            (response, problem.gold, {**problem.meta, "finish_reason": trace.finish_reason})
+            (response, problem.gold, {**problem.meta, "truncated": trace.finish_reason == "length"})
             for response, problem, trace in zip(responses, repeated, traces, strict=True)
         ]
     )

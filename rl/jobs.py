@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from deltarl.rl.errors import UserError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from deltarl.rl.errors import UserError
 
 
 class Section(BaseModel):

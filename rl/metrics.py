@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import yaml
+
 from deltarl.rl.errors import UserError
 
 KINDS = ("run", "sft", "rl", "eval", "event")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from deltarl.rl.errors import UserError
-from deltarl.rl.metrics import PHASES, STATUSES, Row, RunRecord, load_run, series
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from deltarl.rl.errors import UserError
+from deltarl.rl.metrics import PHASES, STATUSES, Row, RunRecord, load_run, series
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442",

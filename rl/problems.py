@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from deltarl.rewards.host import UNUSABLE
 from deltarl.rl.errors import UserError
+from deltarl.rl.procedural import exercises
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
 GOLD_FIELDS = ("answer", "gold", "final_answer")
@@ -169,8 +170,6 @@ def normalised(question: str) -> str:
 
 
 def _procedural(cfg: DataSettings, seed: int) -> LoadedProblems:
-    from deltarl.rl.procedural import exercises  # reasoning-gym takes a second to import
-
     if cfg.train_size is None:
         raise UserError("data.source procedural has no end: set data.train_size")
     if cfg.heldout is not None:

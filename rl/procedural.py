@@ -2,7 +2,7 @@
 
 A solution writes out every intermediate result, left to right, so that each next number follows from numbers a few
 tokens back: that is what a model of two million parameters can learn in minutes, and what it cannot guess without
-writing.  Operands of `chain_sum` and `gcd` come from reasoning-gym; texts and solutions are made here.
+writing.
 """
 
 import itertools
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deltarl.rl.errors import UserError
-from reasoning_gym.arithmetic import ChainSumConfig, ChainSumDataset, GCDConfig, GCDDataset
 
 # A task with n problems found counts as exhausted after n times this many draws that bring no new one.
 DRAWS_PER_PROBLEM = 10
@@ -66,17 +65,16 @@ LEVELS = len(CHAIN_SUM)
 def chain_sum(difficulty: int, rng: random.Random) -> Iterator[Exercise]:
     """`3+5-2`, solved by running totals: `3+5=8; 8-2=6.`"""
     min_terms, max_terms, min_digits, max_digits = CHAIN_SUM[difficulty - 1]
-    source = ChainSumDataset(
-        ChainSumConfig(
-            min_terms=min_terms, max_terms=max_terms, min_digits=min_digits, max_digits=max_digits, seed=_seed(rng)
+    while True:
+        first, *rest = (
+            _number(rng.randint(min_digits, max_digits), rng) for _ in range(rng.randint(min_terms, max_terms))
         )
-    )
-    for index in itertools.count():
-        first, *rest = source[index]["metadata"]["expression"].split()
-        steps = [(sign, int(number)) for sign, number in zip(rest[::2], rest[1::2], strict=True)]
-        terms = [int(first), *(number if sign == "+" else -number for sign, number in steps)]
-        written, total = running_total(int(first), steps)
-        question = rng.choice(["Compute {}.", "What is {}?"]).format(first + "".join(rest))
+        steps = [(rng.choice("+-"), number) for number in rest]
+        terms = [first, *(number if sign == "+" else -number for sign, number in steps)]
+        written, total = running_total(first, steps)
+        question = rng.choice(["Compute {}.", "What is {}?"]).format(
+            f"{first}" + "".join(f"{sign}{number}" for sign, number in steps)
+        )
         yield Exercise("chain_sum", tuple(sorted(terms)), question, str(total), _boxed(written, total))
 
 
@@ -99,7 +97,7 @@ def product(difficulty: int, rng: random.Random) -> Iterator[Exercise]:
     """`47*6`, solved by place values and running totals: `40*6=240; 7*6=42; 240+42=282.`"""
     long, short = PRODUCT[difficulty - 1]
     while True:
-        a, b = _number(long, rng), _number(short, rng)
+        a, b = _number(long, rng), max(2, _number(short, rng))
         question = rng.choice(["Compute {a}*{b}.", "What is {a} times {b}?"]).format(a=a, b=b)
         pairs = list(itertools.product(place_values(a), place_values(b)))
         partials = [p * q for p, q in pairs]
@@ -110,9 +108,8 @@ def product(difficulty: int, rng: random.Random) -> Iterator[Exercise]:
 
 def gcd(difficulty: int, rng: random.Random) -> Iterator[Exercise]:
     """`gcd of 36 and 15`, solved by Euclid's algorithm: `36-2*15=6; 15-2*6=3; 6-2*3=0.`"""
-    source = GCDDataset(GCDConfig(min_value=2, max_value=GCD_LARGEST[difficulty - 1], seed=_seed(rng)))
-    for index in itertools.count():
-        a, b = source[index]["metadata"]["numbers"]
+    while True:
+        a, b = (rng.randint(2, GCD_LARGEST[difficulty - 1]) for _ in range(2))
         phrasing = rng.choice(["Find the gcd of {a} and {b}.", "What is the gcd of {a} and {b}?"])
         large, small = max(a, b), min(a, b)
         steps = []
@@ -181,12 +178,7 @@ def _boxed(steps: list[str], answer: int) -> str:
 
 
 def _number(digits: int, rng: random.Random) -> int:
-    return rng.randint(2 if digits == 1 else 10 ** (digits - 1), 10**digits - 1)
-
-
-def _seed(rng: random.Random) -> int:
-    # reasoning-gym seeds row i with seed + i: seeds close together would share rows.
-    return rng.getrandbits(48)
+    return rng.randint(10 ** (digits - 1), 10**digits - 1)
 
 
 def _distinct(stream: Iterator[Exercise]) -> Iterator[Exercise]:

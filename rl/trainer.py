@@ -17,6 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from tqdm import tqdm
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
 from deltarl.model import checkpoint_tensors
 from deltarl.rewards import Verdict, VerifierHost
 from deltarl.rl.checkpointing import Checkpointing
@@ -25,10 +30,6 @@ from deltarl.rl.jobs import Job
 from deltarl.rl.problems import Problem, user_messages
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rollout import RolloutWorker, Sampling, Trace
-from tqdm import tqdm
-from transformers import PrinterCallback
-from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 METRIC_NAMES = {
     "reward": "reward_mean",
@@ -70,7 +71,7 @@ def training_order(problems: Sequence[Problem], job: Job) -> Dataset:
     return Dataset.from_dict(
         {
             "prompt": [user_messages(problem, job.data.instruction) for problem in rows],
-            "problem": [index for index in order[:needed]],
+            "problem": order[:needed],
         }
     )
 
@@ -238,7 +239,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         ]
         self._verdicts = self.host.verify(
             [
-                (text, row.gold, {**row.meta, "finish_reason": trace.finish_reason})
+                (text, row.gold, {**row.meta, "truncated": trace.finish_reason == "length"})
                 for (row, text), trace in zip(self._graded, self._traces, strict=True)
             ]
         )

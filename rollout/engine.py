@@ -3,11 +3,13 @@
 import ctypes
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 OLDEST, NEWEST = (0, 26), (0, 32)
@@ -44,34 +46,28 @@ def installed_vllm() -> tuple[str, str] | None:
 
 
 def prepare_environment() -> None:
-    """Set what vLLM reads from the environment when it is imported; values already set stay.
+    """Set what vLLM reads from the environment when it is imported; a log level already set stays.
 
-    One process: the learner hands its weights over by reference. Quiet: vLLM logs warnings only. No thread binding:
-    see `keep_torch_threads`.
+    One process, so that the learner hands its weights over by reference; and only errors in the log.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    }.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
-class keep_torch_threads:
-    """Context in which vLLM may start, and after which torch has the threads it had before.
+@contextmanager
+def keep_torch_threads() -> Iterator[None]:
+    """Let vLLM start, and give torch back the number of threads it had, and the means to change it.
 
-    vLLM's CPU worker replaces `torch.set_num_threads` by a function that refuses, and its GPU worker sets one thread;
-    a learner in the same process needs both as they were.
+    vLLM's CPU worker replaces `torch.set_num_threads` by a function that refuses, and its GPU worker may set one
+    thread; the learner in the same process needs both as they were.
     """
-
-    def __enter__(self) -> None:
-        self.threads, self.set_num_threads = torch.get_num_threads(), torch.set_num_threads
-
-    def __exit__(self, *_) -> None:
-        torch.set_num_threads = self.set_num_threads
-        torch.set_num_threads(self.threads)
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
 
 
 def keep_freed_memory() -> None:
@@ -105,10 +101,11 @@ def end_tokens(folder: str | Path) -> tuple[int, ...]:
     return ()
 
 
-def keep_plain_weights() -> Callable[[], None]:
-    """Make vLLM's CPU linear layers keep their weights as checkpoints hold them; returns a function that undoes it.
+@contextmanager
+def plain_cpu_weights() -> Iterator[None]:
+    """Let vLLM's CPU platform load a model whose linear layers keep their weights as checkpoints hold them.
 
-    vLLM 0.32 packs them for oneDNN when loading and empties the parameters: a later load writes into nothing and the
+    vLLM 0.32 otherwise packs them for oneDNN and empties the parameters: a later load writes into nothing and the
     engine goes on with old weights. With plain weights a load in place arrives, and can be read back.
     """
     from vllm.model_executor.layers import utils
@@ -116,13 +113,12 @@ def keep_plain_weights() -> Callable[[], None]:
     def use_plain(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
-    packed = utils.dispatch_cpu_unquantized_gemm
+    pack = utils.dispatch_cpu_unquantized_gemm
     utils.dispatch_cpu_unquantized_gemm = use_plain
-
-    def undo() -> None:
-        utils.dispatch_cpu_unquantized_gemm = packed
-
-    return undo
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = pack
 
 
 def start(
@@ -144,40 +140,40 @@ def start(
     check_vllm_version()
     config = read_config(folder)
     prepare_environment()
+    settings: dict[str, Any] = {
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "seed": seed,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_model_len, 8192),
+        "mamba_ssm_cache_dtype": "float32",
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }
     with keep_torch_threads():
-        import psutil
-        from vllm import LLM
         from vllm.platforms import current_platform
 
-        if config.get("linear_attn_config") is not None and not config["linear_attn_config"].get("kda_layers"):
-            # without a layer list vLLM takes the class's word that there are KDA layers, and finds no state to cache
-            options["hf_overrides"] = {"layer_types": ["attention"] * config["num_hidden_layers"]}
-        settings = {
-            "model": str(folder),
-            "skip_tokenizer_init": True,
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "seed": seed,
-            "logprobs_mode": "processed_logprobs",
-            "generation_config": "vllm",
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(max_model_len, 8192),
-            "mamba_ssm_cache_dtype": "float32",
-            "enable_prefix_caching": False,
-            "disable_log_stats": True,
-        }
-        if config.get("gate_lower_bound") is not None and not current_platform.is_cpu():
+        on_cpu = current_platform.is_cpu()
+        if config.get("gate_lower_bound") is not None and not on_cpu:
             raise EngineError("vLLM's Kimi Linear class has no bounded gate: leave gate_lower_bound unset on a GPU")
-        undo = None
-        if current_platform.is_cpu():
-            undo = keep_plain_weights()
+        if config.get("linear_attn_config") is not None and not config["linear_attn_config"].get("kda_layers"):
+            # else vLLM believes the class, which says that there are layers with a state, and finds none to cache
+            settings["hf_overrides"] = {"layer_types": ["attention"] * config["num_hidden_layers"]}
+        if on_cpu:
             keep_freed_memory()
-            options["enforce_eager"] = True
-            options["kv_cache_memory_bytes"] = int(gpu_memory_utilization * psutil.virtual_memory().available)
-        try:
+            current_platform.simple_compile_backend = (
+                "eager"  # torch.compile needs a C++ compiler, for two small helpers
+            )
+            settings["enforce_eager"] = True
+            settings["kv_cache_memory_bytes"] = int(gpu_memory_utilization * psutil.virtual_memory().available)
+
+        from vllm import LLM
+
+        with plain_cpu_weights() if on_cpu else nullcontext():
             return LLM(**(settings | options))
-        finally:
-            if undo is not None:
-                undo()

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
 from deltarl.model import checkpoint_tensors, load_model
 from deltarl.rollout.engine import end_tokens, read_config
 from deltarl.rollout.sync import collect, match, prove

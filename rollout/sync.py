@@ -8,8 +8,9 @@ import hashlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from deltarl.rollout.types import WeightSyncError
 from torch import nn
+
+from deltarl.rollout.types import WeightSyncError
 
 DERIVED = ("W_UV", "W_UK_T")
 """What vLLM's latent attention derives from kv_b_proj after loading: not in any checkpoint, refreshed after a sync."""

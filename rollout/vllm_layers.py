@@ -6,7 +6,6 @@ Every weight is an ordinary parameter under its checkpoint name. Projections of 
 
 import torch
 import torch.nn.functional as F
-from deltarl.kernels import causal_conv1d, kda_chunk, kda_decode_
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -19,6 +18,8 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
 )
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from deltarl.kernels import causal_conv1d, kda_chunk, kda_decode_
 
 
 def parameter(data: torch.Tensor) -> nn.Parameter:

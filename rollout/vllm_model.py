@@ -3,6 +3,12 @@
 from collections.abc import Iterable
 
 import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+
 from deltarl.rollout.vllm_layers import (
     DenseFFN,
     KdaStates,
@@ -12,11 +18,6 @@ from deltarl.rollout.vllm_layers import (
     RMSNorm,
     Weight,
 )
-from torch import nn
-from vllm.config import VllmConfig
-from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 
 
 def kda_layers(config) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
 from deltarl.rollout import engine
 from deltarl.rollout.sync import collect, engine_tensors, load_in_place, match, prove
 from deltarl.rollout.types import Progress, RolloutWorker, Sampling, SyncReport, Trace, WeightSyncError

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
+from mpmath import MPContext
+
 from deltarl.rewards.math.integers import exact_root, hash_number
 from deltarl.rewards.math.lexer import LimitError, ParseError
 from deltarl.rewards.math.nodes import Node, names
-from mpmath import MPContext
 
 MAX_BITS = 60_000
 MAX_FACTORIAL = 4_000

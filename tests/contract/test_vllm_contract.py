@@ -35,7 +35,7 @@ def test_cpu_linears_ask_one_function_before_packing() -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-    used = "rollout/engine.py keep_plain_weights"
+    used = "rollout/engine.py plain_cpu_weights"
     assert parameters(utils.dispatch_cpu_unquantized_gemm) == ["layer", "remove_weight"], used
     source_has(utils.cpu_unquantized_gemm, "layer.cpu_linear(x, weight, bias)", used)
     for method in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
@@ -44,6 +44,14 @@ def test_cpu_linears_ask_one_function_before_packing() -> None:
             "from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm",
             used,
         )
+
+
+@ON_CPU
+def test_small_helpers_compile_with_the_platform_s_backend() -> None:
+    from vllm.v1.sample.ops import logprobs
+
+    used = "rollout/engine.py start, so that no C++ compiler is needed"
+    source_has(logprobs, "@torch.compile(backend=current_platform.simple_compile_backend)", used)
 
 
 @ON_CPU

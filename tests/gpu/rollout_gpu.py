@@ -17,10 +17,11 @@ os.environ["TRITON_CACHE_AUTOTUNING"] = "1"
 os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
 
 import torch
-from deltarl.model import build_model, checkpoint_tensors, save_checkpoint
-from deltarl.rollout import Sampling, SyncReport, Trace, make_worker
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+from deltarl.model import build_model, checkpoint_tensors, save_checkpoint
+from deltarl.rollout import Sampling, SyncReport, Trace, make_worker
 
 VOCAB = 8192
 SEQUENCES, TOKENS = 256, 512

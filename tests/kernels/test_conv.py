@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+
 from deltarl.kernels import causal_conv1d
 
 WIDTH = 4

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from deltarl.kernels import kda_chunk, kda_decode_, kda_recurrent, kda_reference
 from kda_inputs import doubled, raw_inputs, rms_ratio
+
+from deltarl.kernels import kda_chunk, kda_decode_, kda_recurrent, kda_reference
 
 # fp32 keeps 24 bits; sums over a chunk of 32 tokens and 8 channels lose a few of them.
 FP32_RATIO = 1e-5

@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
-from deltarl.model import CheckpointError, HybridForCausalLM, checkpoint_tensors, load_model, save_checkpoint
 from safetensors import safe_open
 from tiny_models import MOE, tiny_model, tiny_tokenizer, token_ids
 from transformers import KimiLinearForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from deltarl.model import CheckpointError, HybridForCausalLM, checkpoint_tensors, load_model, save_checkpoint
 
 KINDS = [("kda", {}), ("mla", {}), ("kda", MOE), ("mla", MOE)]
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from deltarl.model import HybridConfig
 from tiny_models import MOE, VOCAB, tiny_model, token_ids
 from trl.trainer.utils import add_fused_lm_head
+
+from deltarl.model import HybridConfig
 
 LENGTHS = (21, 1, 5, 13, 40)
 # Same operations on other shapes: fp32 rounding of a sum's order only.

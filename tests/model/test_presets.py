@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from deltarl.model import ARMS, SIZES, HybridForCausalLM, UnknownArm, UnknownSize, build_model, hybrid_config
 
 

@@ -1,9 +1,10 @@
 """Small hybrids of each kind, and a tokenizer to save with them."""
 
 import torch
-from deltarl.model import HybridForCausalLM, build_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+from deltarl.model import HybridForCausalLM, build_model
 
 VOCAB = 96
 TINY = {

@@ -1,6 +1,7 @@
 import pickle
 
 import pytest
+
 from deltarl.rewards import VerifierHost, as_trl_reward, from_trl_reward, load_verifier
 from deltarl.rewards.math import MathVerifier
 

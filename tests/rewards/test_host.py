@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from deltarl.rewards import HostClosed, VerifierHost, VerifierLoadError, VerifierSpec, check_golds
 
 FAULT_FILE = Path(__file__).with_name("fault_verifier.py")

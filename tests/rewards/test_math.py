@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from hostile import HOSTILE
+
 from deltarl.rewards import VerifierHost, VerifierSpec
 from deltarl.rewards.math import MathVerifier
-from hostile import HOSTILE
 
 REWARDS = Path(__file__).parents[2] / "rewards"
 verifier = MathVerifier()

@@ -3,9 +3,10 @@
 from fractions import Fraction
 
 import pytest
-from deltarl.rewards.math import MathVerifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deltarl.rewards.math import MathVerifier
 
 verifier = MathVerifier()
 CHARACTERS = "0123456789xye+-*/^_=<>()[]{}|,;:!%&$ .'\\"

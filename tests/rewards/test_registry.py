@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from deltarl.rewards import Verdict, VerifierLoadError, VerifierSpec, list_verifiers, load_verifier
 
 FAULT_FILE = Path(__file__).with_name("fault_verifier.py")

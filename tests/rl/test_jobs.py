@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from deltarl.rl.errors import UserError
 from deltarl.rl.jobs import dump_job, load_comparison, load_job
 

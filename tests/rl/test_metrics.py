@@ -5,6 +5,7 @@ import math
 import os
 
 import pytest
+
 from deltarl.rl.errors import UserError
 from deltarl.rl.metrics import MetricsLog, load_run, read_metrics, series, totals
 

@@ -9,6 +9,7 @@ import sys
 from fractions import Fraction
 
 import pytest
+
 from deltarl.rewards import VerifierHost, VerifierSpec
 from deltarl.rl.errors import UserError
 from deltarl.rl.jobs import DataConfig

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
+
 from deltarl.rl.errors import UserError
 from deltarl.rl.jobs import DataConfig
 from deltarl.rl.problems import Problem, load_problems

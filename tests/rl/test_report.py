@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import matplotlib.image
 import pytest
 import yaml
+
 from deltarl.rl.errors import UserError
 from deltarl.rl.metrics import MetricsLog
 from deltarl.rl.plots import PANELS, draw_comparison, draw_run, human_count, trailing_mean

@@ -7,12 +7,13 @@ import sys
 import unicodedata
 
 import pytest
-from deltarl.rl.jobs import DataConfig
-from deltarl.rl.problems import load_problems
-from deltarl.rl.tokenizer import build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.chat_template_utils import is_chat_template_prefix_preserving, is_chat_template_stop_token_trained
+
+from deltarl.rl.jobs import DataConfig
+from deltarl.rl.problems import load_problems
+from deltarl.rl.tokenizer import build_tokenizer
 
 CONVERSATION = [
     {"role": "user", "content": "Compute 17+25."},

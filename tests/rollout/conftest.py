@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from deltarl.model import build_model, save_checkpoint
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from deltarl.model import build_model, save_checkpoint
 
 VOCAB = 320
 

@@ -7,6 +7,7 @@ epsilon, gate or state shows as 1e-2 and more.
 import pytest
 import torch
 from conftest import scramble
+
 from deltarl.model import checkpoint_tensors
 from deltarl.rollout import Sampling
 from deltarl.rollout.worker import VllmWorker

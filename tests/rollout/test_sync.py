@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from deltarl.rollout import EngineError, engine, make_worker
 from deltarl.rollout.sync import checksum
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import VOCAB, scramble
+
 from deltarl.model import checkpoint_tensors
 from deltarl.rollout import Sampling, WeightSyncError, make_worker
 

@@ -69,9 +69,9 @@ class RunFolder:
         """Record something that happened, in metrics.jsonl."""
         self.metrics.append({"kind": "event", "step": step, "what": what, "detail": detail})
 
-    def write_traces(self, kind: str, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
+    def write_traces(self, kind: str, step: int, rows: Iterable[Mapping[str, Any]], prefix: str = "") -> Path:
         """Write `traces/step_00012.jsonl` or `eval/step_00012.jsonl` at once: a kill leaves the whole file or none."""
-        path = self.path / kind / f"step_{step:05d}.jsonl"
+        path = self.path / kind / f"{prefix}step_{step:05d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

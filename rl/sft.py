@@ -20,7 +20,6 @@ from deltarl.rl.recipes import build_mix
 from deltarl.rl.runfolder import RunFolder
 
 CHECKPOINT_EVERY = 200
-LOG_EVERY = 10
 
 
 def sft_config(job: Job, output_dir: str) -> SFTConfig:
@@ -43,7 +42,7 @@ def sft_config(job: Job, output_dir: str) -> SFTConfig:
         bf16=job.model.dtype == "bfloat16" and on_gpu,
         use_cpu=not on_gpu,
         gradient_checkpointing=False,
-        logging_steps=LOG_EVERY,
+        logging_steps=1,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -70,7 +69,7 @@ class WarmUp(Checkpointing, SFTTrainer):
         self._tokens = 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write a row every LOG_EVERY steps; checkpoint on the way; stop here if asked."""
+        """Write the step's row; checkpoint on the way; stop here if asked."""
         if "train_runtime" in logs:
             return
         super().log(logs, start_time)

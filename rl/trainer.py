@@ -140,8 +140,8 @@ class RLTrainer(Checkpointing, GRPOTrainer):
     """GRPO on a rollout engine.
 
     One RL step is: sync weights, sample `prompts_per_step × num_generations` traces, verify, and
-    `updates_per_step(job)` optimizer steps. `after_step(step)` is called when a step's row has been written and may
-    return True to stop; checkpoints are only meaningful there, between batches of traces.
+    `updates_per_step(job)` optimizer steps. `after_step(step)`, to be set, is called when a step's row has been written
+    and may return True to stop; checkpoints are only meaningful there, between batches of traces.
 
     Raises `Interrupted` out of `train()` when a stop is requested while the engine generates.
     """
@@ -158,10 +158,9 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         run: RunFolder,
         stop: StopRequest,
         reference: torch.nn.Module | None = None,
-        after_step: Callable[[int], bool],
     ) -> None:
         self.job, self.problems, self.worker, self.host, self.run, self.stop = job, problems, worker, host, run, stop
-        self.after_step = after_step
+        self.after_step: Callable[[int], bool] = lambda step: False
         self.bar: tqdm | None = None
         self._seconds: Counter[str] = Counter()
         self._step_began = time.perf_counter()

@@ -167,9 +167,7 @@ def start(
             settings["hf_overrides"] = {"layer_types": ["attention"] * config["num_hidden_layers"]}
         if on_cpu:
             keep_freed_memory()
-            current_platform.simple_compile_backend = (
-                "eager"  # torch.compile needs a C++ compiler, for two small helpers
-            )
+            current_platform.simple_compile_backend = "eager"  # else two small helpers need a C++ compiler
             settings["enforce_eager"] = True
             settings["kv_cache_memory_bytes"] = int(gpu_memory_utilization * psutil.virtual_memory().available)
 

@@ -35,31 +35,40 @@ class VllmWorker(RolloutWorker):
         ends = () if sampling.ignore_eos else self.end_tokens
         core = self.llm.llm_engine
         places: dict[str, int] = {}
-        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            params = SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=sorted({*ends, *sampling.stop_token_ids}),
-                ignore_eos=True,
-                seed=seed,
-                logprobs=0,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            name = str(self.requests)
-            self.requests += 1
-            places[name] = place
-            core.add_request(name, {"prompt_token_ids": prompt}, params)
+        try:
+            for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                params = SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k,
+                    max_tokens=sampling.max_tokens,
+                    stop_token_ids=sorted({*ends, *sampling.stop_token_ids}),
+                    ignore_eos=True,
+                    seed=seed,
+                    logprobs=0,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                name = str(self.requests)
+                self.requests += 1
+                places[name] = place
+                core.add_request(name, {"prompt_token_ids": prompt}, params)
+            return self.run(prompts, places, progress)
+        finally:
+            if core.has_unfinished_requests():  # interrupted: the next call must find an idle engine
+                core.abort_request(list(places))
+
+    def run(self, prompts: list[list[int]], places: dict[str, int], progress: Progress | None) -> list[Trace]:
+        """Step the engine until every request is done; `places` maps request names to places in `prompts`."""
+        core = self.llm.llm_engine
         traces: list[Trace | None] = [None] * len(prompts)
         done = finished_tokens = 0
         while core.has_unfinished_requests():
             for output in core.step():
-                completion = output.outputs[0]
+                place, completion = places[output.request_id], output.outputs[0]
                 ids = list(completion.token_ids)
-                traces[places[output.request_id]] = Trace(
-                    prompt_ids=prompts[places[output.request_id]],
+                traces[place] = Trace(
+                    prompt_ids=prompts[place],
                     completion_ids=ids,
                     logprobs=[entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True)],
                     versions=[self.version] * len(ids),

@@ -81,6 +81,7 @@ def test_the_engine_can_be_stepped() -> None:
 
     used = "rollout/worker.py VllmWorker._generate"
     assert parameters(LLMEngine.add_request)[1:4] == ["request_id", "prompt", "params"], used
+    assert parameters(LLMEngine.abort_request)[1] == "request_ids", used
     assert hasattr(LLMEngine, "step") and hasattr(LLMEngine, "has_unfinished_requests"), used
     source_has(OutputProcessor.__init__, "self.request_states", used)
     source_has(RequestState.__init__, "self.detokenizer", used)

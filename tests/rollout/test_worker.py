@@ -81,6 +81,18 @@ def test_progress_counts_up_to_everything(worker, prompts) -> None:
     assert seen[-1][:2] == (len(prompts), len(prompts))
 
 
+def test_an_interrupted_batch_leaves_an_idle_engine(worker, prompts) -> None:
+    expected = tokens(worker.generate(prompts, GREEDY, seeds=[0] * len(prompts)))
+
+    def interrupt(done: int, total: int, count: int) -> None:
+        if count > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.generate(prompts, GREEDY, seeds=[0] * len(prompts), progress=interrupt)
+    assert tokens(worker.generate(prompts, GREEDY, seeds=[0] * len(prompts))) == expected
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [([3] * 241, "prompt 1 has 241 tokens.*context of 256"), ([3], "prompt 1 has 1 token"), ([], "prompt 1 has 0 tok")],

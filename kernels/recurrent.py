@@ -66,11 +66,15 @@ def kda_decode_(
     q, k, g [N, H, K], v [N, H, V], beta [N, H]; `state` [slots, H, K, V] fp32; `slots` [N] distinct indices >= 0.
     Returns o [N, H, V] in v's dtype. The gate arguments are those of `kda_chunk`.
     """
-    token = (t.unsqueeze(1) for t in (q, k, v, g, beta))
-    x = prepare(*token, A_log, dt_bias, gate_lower_bound, scale, use_qk_l2norm)
-    o, after = _step(*(t.squeeze(1) for t in (x.q, x.k, x.v, x.g, x.beta)), state[slots].to(x.k.dtype))
-    state[slots] = after.to(state.dtype)
-    return o.to(v.dtype)
+    x = prepare(*(t.unsqueeze(1) for t in (q, k, v, g, beta)), A_log, dt_bias, gate_lower_bound, scale, use_qk_l2norm)
+    q, k, g, beta = (t.squeeze(1) for t in (x.q, x.k, x.g, x.beta))
+    decay = g.exp()
+    rows = state.index_select(0, slots).to(k.dtype)
+    recalled, answered = (torch.stack((k * decay, q * decay), -2) @ rows).unbind(-2)  # [N, H, V] each
+    written = beta.unsqueeze(-1) * (x.v.squeeze(1) - recalled)
+    rows.mul_(decay.unsqueeze(-1)).addcmul_(k.unsqueeze(-1), written.unsqueeze(-2))
+    state.index_copy_(0, slots.long(), rows.to(state.dtype))
+    return (answered + (q * k).sum(-1, keepdim=True) * written).to(v.dtype)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +21,6 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when it did what was asked, 2 for input that cannot be used, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the other core's phase
     warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # deltarl pins its own range
     try:
         return args.run(args) or 0

@@ -1,0 +1,114 @@
+"""What a run is made of, opened from its job: problems, verifiers, policy, engine. Bad input becomes a UserError."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from deltarl.model import build_model, load_model
+from deltarl.rewards import VerifierHost, VerifierLoadError, VerifierSpec
+from deltarl.rl.errors import UserError
+from deltarl.rl.jobs import Job
+from deltarl.rl.problems import Problem, drop_bad_golds, first_gold, load_problems
+from deltarl.rl.recipes import build_mix
+from deltarl.rl.tokenizer import build_tokenizer
+from deltarl.rollout import RolloutWorker, check_vllm_version, make_worker
+
+TOKENIZER_ROWS = 4000
+
+
+class Problems(NamedTuple):
+    """The problems of a run, graded against by a verifier that can parse all their golds."""
+
+    train: list[Problem]
+    heldout: list[Problem]
+
+
+def open_host(job: Job) -> VerifierHost:
+    """The worker pool of the job's verifier. Raises UserError when the verifier cannot be made."""
+    rewards = job.rewards
+    try:
+        return VerifierHost(
+            VerifierSpec(rewards.verifier, rewards.options),
+            workers=rewards.workers,
+            timeout=rewards.timeout,
+            memory_mb=rewards.memory_mb,
+        )
+    except VerifierLoadError as error:
+        raise UserError(f"rewards.verifier: {error}") from error
+
+
+def load_data(job: Job, host: VerifierHost) -> Problems:
+    """Training and held-out problems whose golds the verifier can grade against; what was dropped is printed."""
+    say("building problems")
+    loaded = load_problems(job.data, job.seed)
+    kept = []
+    for name, problems in (("training", loaded.train), ("held-out", loaded.heldout)):
+        good, bad = drop_bad_golds(problems, host.check_golds, job.data.max_bad_gold)
+        for problem, reason in bad:
+            say(f"  left out {problem.id}: gold {first_gold(problem)!r}: {reason}")
+        say(f"  {len(good)} {name} problems" + (f", {len(bad)} left out: their golds do not parse" if bad else ""))
+        kept.append(good)
+    return Problems(*kept)
+
+
+def new_policy(job: Job, problems: list[Problem]) -> tuple[Any, Any]:
+    """A model of the job's arm and size with fresh weights, and a tokenizer trained on the SFT mix."""
+    rows = build_mix(job.sft.sources, problems, instruction=job.data.instruction, seed=job.seed, n=TOKENIZER_ROWS)
+    texts = (message["content"] for row in rows for message in [*row["prompt"], *row["completion"]])
+    tokenizer = build_tokenizer(texts, job.model.vocab_size)
+    torch.manual_seed(job.seed)
+    try:
+        model = build_model(
+            job.model.arm,
+            job.model.size,
+            vocab_size=job.model.vocab_size,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    return model, tokenizer
+
+
+def open_model(path: str) -> tuple[Any, Any]:
+    """The model (float32 weights) and tokenizer at a folder or hub name."""
+    try:
+        return load_model(path, torch.float32)
+    except ValueError as error:
+        raise UserError(f"model.path: {error}") from error
+
+
+def check_engine(job: Job) -> None:
+    """Raise UserError where the job's engine is not installed, or in a version outside the supported range."""
+    if job.rollout.engine == "vllm":
+        try:
+            check_vllm_version()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def open_engine(job: Job, path: str) -> RolloutWorker:
+    """The rollout engine serving the policy at `path`."""
+    rollout = job.rollout
+    try:
+        return make_worker(
+            path,
+            engine=rollout.engine,
+            dtype=job.model.dtype,
+            max_model_len=rollout.max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            seed=job.seed,
+        )
+    except ValueError as error:
+        raise UserError(f"rollout: {error}") from error
+
+
+def say(text: str) -> None:
+    """A line of progress, above any progress bar."""
+    tqdm.write(text, file=sys.stderr)

@@ -1,33 +1,13 @@
 """What stands between operators: numbers, names, functions, brackets, LaTeX commands."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from fractions import Fraction
 
-from deltarl.rewards.math.cursor import Cursor
 from deltarl.rewards.math.lexer import LimitError, ParseError, Token
 from deltarl.rewards.math.nodes import Node, apply, flat_name, literal_node, product
+from deltarl.rewards.math.operators import UNEVALUATED, Operators
 
 MAX_DEPTH = 40
-UNEVALUATED = frozenset(
-    [
-        "sum",
-        "prod",
-        "int",
-        "iint",
-        "iiint",
-        "oint",
-        "lim",
-        "limsup",
-        "liminf",
-        "bigcup",
-        "bigcap",
-        "partial",
-        "nabla",
-        "dots",
-        "ldots",
-        "cdots",
-    ]
-)
 ACCENTS = frozenset(
     [
         "overline",
@@ -49,11 +29,7 @@ CALL_NAMES = frozenset("fghFGHWPQTN")
 CLOSERS = {"(": (")", "]"), "[": ("]", ")"), "{": ("}",), "\\{": ("\\}",)}
 
 
-class Unevaluated(ParseError):
-    """A sum, integral, limit or the like that stands unevaluated."""
-
-
-class Atoms(Cursor, ABC):
+class Atoms(Operators):
     """The lower half of the grammar; the upper half is the parser's. `depth` counts open brackets, `bars` open |."""
 
     def __init__(self, tokens: list[Token]) -> None:
@@ -65,13 +41,7 @@ class Atoms(Cursor, ABC):
     def items(self) -> Node: ...
 
     @abstractmethod
-    def sum(self) -> Node: ...
-
-    @abstractmethod
     def power(self) -> Node: ...
-
-    @abstractmethod
-    def exponent(self) -> Node: ...
 
     def argument(self) -> Node:
         """A braced group, or the one token that TeX would take."""
@@ -236,7 +206,7 @@ class Atoms(Cursor, ABC):
 
     def command(self, name: str) -> Node:
         if name in ("frac", "dfrac", "tfrac", "cfrac"):
-            return ("div", self.argument(), self.argument())
+            return self.derivative(("div", self.argument(), self.argument()))
         if name in ("binom", "dbinom", "tbinom"):
             return ("fn", "binom", (self.argument(), self.argument()))
         if name in ("lfloor", "lceil"):
@@ -256,7 +226,7 @@ class Atoms(Cursor, ABC):
         if name == "begin":
             return self.environment()
         if name in UNEVALUATED:
-            raise Unevaluated(f"\\{name} stands unevaluated")
+            return self.operator(name)
         raise ParseError(f"unknown command \\{name}")
 
     def environment(self) -> Node:

@@ -7,8 +7,9 @@ from deltarl.rewards.math.evaluate import Undefined
 from deltarl.rewards.math.intervals import is_inequality, names_a_set, real_set, same_set
 from deltarl.rewards.math.lexer import LimitError, ParseError
 from deltarl.rewards.math.matrices import folded
-from deltarl.rewards.math.nodes import Node, names
+from deltarl.rewards.math.nodes import Node, names, substituted
 from deltarl.rewards.math.scalars import Rules, matches, same_up_to_factor, same_value
+from deltarl.rewards.math.symbolic import evaluated, holds_operator, same_zeros
 
 MAX_ITEMS = 100
 ORDERS = {"<": ">", "<=": ">="}
@@ -21,9 +22,20 @@ class Conflict(ValueError):
 def equivalent(gold: Node, answer: Node, rules: Rules) -> bool:
     """Raises LimitError where a bound keeps it from being known, and Conflict for an answer that contradicts itself."""
     try:
-        return _Comparison(rules).same(folded(gold), folded(answer))
+        gold, answer = folded(gold), folded(answer)
+        if gold == answer:
+            return True
+        if rules.require_evaluated and holds_operator(_stated(answer)):
+            return split_label(gold)[1] == split_label(answer)[1]
+        return _Comparison(rules).same(evaluated(gold), evaluated(answer))
     except (Undefined, ParseError):
         return False
+
+
+def _stated(answer: Node) -> Node:
+    """The last value of a chain, which may begin with a sum that it works out; else the answer."""
+    values = [term for term in answer[1] if not is_label(term)] if _is_equation(answer) else []
+    return values[-1] if values else answer
 
 
 class _Comparison:
@@ -81,7 +93,8 @@ class _Comparison:
     def equations(self, gold: Node, answer: Node) -> bool:
         if len(gold[1]) != 2 or len(answer[1]) != 2:
             return False
-        return same_up_to_factor(_difference(gold), _difference(answer), positive=False)
+        left, right = _difference(gold), _difference(answer)
+        return same_up_to_factor(left, right, positive=False) or same_zeros(left, right)
 
     def collections(self, gold: Node, answer: Node) -> bool:
         """Lists and sets in any order; in their order where labels or a tuple's brackets give one."""
@@ -260,12 +273,6 @@ def _renamed(answer_label: Node, gold_label: Node, answer: Node) -> Node | None:
     if "text" in (answer_label[0], gold_label[0]):
         return answer
     return None
-
-
-def substituted(node: Node, mapping: dict[Node, Node]) -> Node:
-    if node in mapping:
-        return mapping[node]
-    return tuple(substituted(part, mapping) if isinstance(part, tuple) else part for part in node)
 
 
 def _items(node: Node) -> tuple[Sequence[Node], list[str]]:

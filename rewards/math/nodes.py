@@ -10,9 +10,11 @@ Nodes, by their first entry:
     list items kind · tuple items open close · set items · union a b · minus a b · meet a b · ratio items
     rel terms ops             a = b < c
     matrix rows · text words
+    sum prod int lim diff: operators.py
 
 """
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -39,6 +41,12 @@ def uses(node: Node, name: str) -> bool:
     if node == ("sym", name):
         return True
     return any(isinstance(part, tuple) and uses(part, name) for part in node)
+
+
+def substituted(node: Node, mapping: Mapping[Node, Node]) -> Node:
+    if node in mapping:
+        return mapping[node]
+    return tuple(substituted(part, mapping) if isinstance(part, tuple) else part for part in node)
 
 
 def literal_node(literal: str) -> Node:

@@ -1,4 +1,8 @@
-"""Whether two expressions have the same value: exactly, by precision, or at every probe point."""
+"""Whether two expressions have the same value.
+
+Constants are compared exactly or to a precision past every size met. Expressions with names must agree at every probe
+point, and then be proved equal: as quotients of polynomials, else by sympy.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +19,8 @@ from deltarl.rewards.math.evaluate import (
 )
 from deltarl.rewards.math.integers import hash_number
 from deltarl.rewards.math.nodes import Node, names, uses
+from deltarl.rewards.math.polynomials import same_quotient
+from deltarl.rewards.math.symbolic import proves_equal
 
 PROBES = 8
 PROBES_NEEDED = 3
@@ -26,10 +32,12 @@ PAIR_DECIMAL_DIGITS = 5
 class Rules:
     """precision: significant digits from which a decimal answer may stand for an exact gold that has no finite decimal.
     percent_either: `28%` may be answered as 28 and the other way round (0.28 is always right for 28%).
+    require_evaluated: an answer that holds a sum, integral, limit or derivative equals only a gold of the same form.
     """
 
     precision: int = 6
     percent_either: bool = True
+    require_evaluated: bool = True
 
 
 def same_value(left: Node, right: Node) -> bool:
@@ -38,7 +46,7 @@ def same_value(left: Node, right: Node) -> bool:
     if not variables:
         return agree(left, right, {}, real=False)
     real = not (uses(left, "i") or uses(right, "i"))
-    for points in (probe_points(variables), integer_points(variables)):
+    for points, whole in ((probe_points(variables), False), (integer_points(variables), True)):
         hits = 0
         for environment in points:
             try:
@@ -48,8 +56,14 @@ def same_value(left: Node, right: Node) -> bool:
                 continue
             hits += 1
         if hits >= PROBES_NEEDED:
-            return True
-    return False
+            return proved(left, right, whole)
+    return proved(left, right, whole=False)
+
+
+def proved(left: Node, right: Node, whole: bool) -> bool:
+    """Equal by proof, for expressions that no probe point tells apart. Raises LimitError past the bounds of sympy."""
+    exact = same_quotient(left, right)
+    return proves_equal(left, right, whole=whole) if exact is None else exact
 
 
 def agree(left: Node, right: Node, environment: Environment, real: bool) -> bool:
@@ -109,7 +123,9 @@ def same_up_to_factor(left: Node, right: Node, positive: bool) -> bool:
         first = ratio if first is None else first
         if not _near(evaluator, first, ratio):
             return False
-    return hits >= (PROBES_NEEDED if variables else 1)
+    if hits < (PROBES_NEEDED if variables else 1):
+        return False
+    return not isinstance(first, Fraction) or proved(left, ("mul", (("num", first, 0), right)), whole=False)
 
 
 def _near(evaluator: Evaluator, a: Number, b: Number) -> bool:

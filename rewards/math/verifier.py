@@ -8,12 +8,13 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from deltarl.rewards.math import extract
-from deltarl.rewards.math.atoms import Unevaluated
 from deltarl.rewards.math.compare import Conflict, equivalent, split_label
 from deltarl.rewards.math.lexer import LimitError, ParseError, clean, has_thousands
 from deltarl.rewards.math.nodes import Node
+from deltarl.rewards.math.operators import Unevaluated
 from deltarl.rewards.math.parser import parse
 from deltarl.rewards.math.scalars import Rules
+from deltarl.rewards.math.symbolic import holds_operator
 from deltarl.rewards.types import Verdict
 
 Extraction = Literal["strict", "anchored", "lenient"]
@@ -48,23 +49,30 @@ class Reading:
 class MathVerifier:
     """Grades mathematical answers by meaning.
 
+    Numbers, sets, tuples and quotients of polynomials are compared exactly and other constants to a precision past
+    every size in them. Other expressions with names must agree at probe points and then be proved equal by sympy, which
+    is imported by the first answer that needs it (about half a second in each process) and by no numeric one.
+
     extraction: "strict" takes the last \\boxed{} alone; "anchored" then "the final answer is", then `####`, then a
     response that is nothing but an answer; "lenient" then the last math span and the last number.
     precision: significant digits from which a decimal may stand for an exact gold without a finite decimal (1/3, π).
     percent: "either" lets 28 and 28% stand for each other; "strict" reads 28% as 0.28 only.
+    require_evaluated: an answer that leaves a sum, product, integral, limit or derivative to be worked out is wrong,
+    unless the gold is of the same form; False works it out. A gold's is always worked out.
 
     Text in <think> blocks never counts. A response whose last box is not closed, or whose meta says
     `truncated: true`, has no answer. Raises ValueError for an unknown option value.
     """
 
     name = "math"
-    version = "1"
+    version = "2"
 
     def __init__(
         self,
         extraction: Extraction = "anchored",
         precision: int = 6,
         percent: Literal["either", "strict"] = "either",
+        require_evaluated: bool = True,
     ) -> None:
         if extraction not in ("strict", "anchored", "lenient"):
             raise ValueError(f"extraction {extraction!r}: use strict, anchored or lenient")
@@ -73,7 +81,7 @@ class MathVerifier:
         if precision < 1:
             raise ValueError(f"precision {precision}: give the significant digits, at least 1")
         self.extraction = extraction
-        self.rules = Rules(precision, percent == "either")
+        self.rules = Rules(precision, percent == "either", require_evaluated)
 
     def warm_up(self) -> None:
         self.verify("\\boxed{\\sqrt{2}}", "2^{1/2}", meta={})
@@ -147,10 +155,11 @@ def read_gold(text: str) -> Reading:
     if reading.trees:
         try:
             for tree in reading.trees:
-                split_label(tree)
+                if not holds_operator(tree):
+                    split_label(tree)
         except (Conflict, ParseError, LimitError, ArithmeticError) as error:
             return replace(reading, problem=str(error))
-        return reading
+        return replace(reading, problem=None)
     if reading.words or reading.unevaluated:
         return replace(reading, problem=None)
     stated = extract.stated(text)
@@ -172,7 +181,9 @@ def read(text: str) -> Reading:
         trees = (parse(cleaned),)
         if has_thousands(cleaned):
             trees += (parse(cleaned, thousands=False),)
-        return Reading(text, flat, trees)
+        unevaluated = any(map(holds_operator, trees))
+        problem = "a sum, integral or the like stands unevaluated" if unevaluated else None
+        return Reading(text, flat, trees, problem, unevaluated=unevaluated)
     except Unevaluated as error:
         return Reading(text, flat, (), str(error), unevaluated=True)
     except ParseError as error:
@@ -186,10 +197,6 @@ def flattened(cleaned: str) -> str:
     text = TEXT_COMMAND.sub(r" \1 ", cleaned)
     text = SPACING.sub(" ", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     return BLANKS.sub("", " ".join(text.split())).strip("*. ")
-
-
-def _as_many(trees: tuple[Node, ...], count: int) -> tuple[Node, ...]:
-    return trees if len(trees) == count else trees * count
 
 
 def _texts(gold: str | Sequence[str] | None) -> list[str]:

@@ -1,0 +1,230 @@
+"""The last stage: sums, integrals, limits and derivatives in closed form, and identities proved by sympy.
+
+Sympy expressions are built node by node from our own trees, never from text, and sympy is imported by the first tree
+that needs it (about half a second, once in a process). What it is asked is bounded beforehand in nodes, digits,
+exponents and ranges; what remains to chance within the bounds is left to the caller's deadline.
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+from deltarl.rewards.math.evaluate import FIRST_PRECISION, Evaluator
+from deltarl.rewards.math.lexer import LimitError, ParseError
+from deltarl.rewards.math.nodes import Node, names, substituted, uses
+from deltarl.rewards.math.polynomials import quotient
+from deltarl.rewards.math.sympy_trees import Expression, SympyBuilder, to_node
+
+MAX_PARTS = 250
+MAX_SIMPLIFIED = 120
+MAX_OPERAND_PARTS = 60
+MAX_OPERATORS = 4
+MAX_WRITTEN_PARTS = 50_000
+
+OPERATORS = frozenset(("sum", "prod", "int", "lim", "diff"))
+FAILURES = (NotImplementedError, ValueError, TypeError, ArithmeticError, AttributeError)
+
+
+class NoClosedForm(ParseError):
+    """A sum, integral, limit or derivative that this stage does not work out."""
+
+
+def holds_operator(node: Node) -> bool:
+    return node[0] in OPERATORS or any(_holds(part) for part in node[1:])
+
+
+def _holds(part: object) -> bool:
+    if not isinstance(part, tuple) or not part:
+        return False
+    return holds_operator(part) if isinstance(part[0], str) else any(_holds(inner) for inner in part)
+
+
+def evaluated(node: Node) -> Node:
+    """The tree with every sum, product, integral, limit and derivative replaced by its value.
+
+    A range between integers is written out, without sympy. Raises NoClosedForm and LimitError.
+    """
+    if not holds_operator(node):
+        return node
+    if _operators(node) > MAX_OPERATORS:
+        raise LimitError(f"more than {MAX_OPERATORS} sums, integrals or the like")
+    return _Evaluation().value(node)
+
+
+class _Evaluation:
+    """written: the parts of the ranges written out so far, those inside of one another multiplied."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def value(self, node: Node) -> Node:
+        if not holds_operator(node):
+            return node
+        written_out = self.written_out(node) if node[0] in ("sum", "prod") else None
+        if written_out is not None:
+            return written_out
+        inside = tuple(self.part(part) for part in node)
+        return _closed_form(inside) if node[0] in OPERATORS else inside
+
+    def part(self, part: object) -> object:
+        if not isinstance(part, tuple) or not part:
+            return part
+        return self.value(part) if isinstance(part[0], str) else tuple(self.part(p) for p in part)
+
+    def written_out(self, node: Node) -> Node | None:
+        """None where an end is not a number."""
+        kind, body, name, *ends = node
+        if any(names(end) or holds_operator(end) or uses(end, "oo") for end in ends):
+            return None
+        first, last = (Evaluator({}, FIRST_PRECISION, real=False).value(end) for end in ends)
+        if not all(isinstance(end, Fraction) and end.denominator == 1 for end in (first, last)):
+            raise NoClosedForm("a range between ends that are not integers")
+        count = int(last - first) + 1
+        if count < 1:
+            return ("num", Fraction(kind == "prod"), 0)
+        self.written += count * _parts(body)
+        if self.written > MAX_WRITTEN_PARTS:
+            raise LimitError(f"ranges of more than {MAX_WRITTEN_PARTS} parts")
+        terms = [substituted(body, {name: ("num", first + k, 0)}) for k in range(count)]
+        return ("add" if kind == "sum" else "mul", tuple(self.value(term) for term in terms))
+
+
+def _closed_form(node: Node) -> Node:
+    _check_size(node, MAX_OPERAND_PARTS)
+    builder = SympyBuilder("real")
+    try:
+        value = builder.build(node).doit(manual=True)
+        return to_node(_generic_branches(builder.sympy, value))
+    except FAILURES as error:
+        if isinstance(error, LimitError):
+            raise
+        raise NoClosedForm(f"no closed form: {error}") from error
+
+
+def _generic_branches(sympy: Any, value: Expression) -> Expression:
+    """Case distinctions replaced by the case beside single points: a geometric sum has one for a ratio of 1."""
+    for piece in value.atoms(sympy.Piecewise):
+        for branch, condition in piece.args:
+            if not isinstance(condition, sympy.Eq) and not branch.has(sympy.Sum, sympy.Product, sympy.Integral):
+                value = value.subs(piece, branch)
+                break
+    return value
+
+
+def proves_equal(left: Node, right: Node, *, whole: bool = False) -> bool:
+    """Whether sympy shows left - right to be 0, the names standing for real numbers (integers if `whole`).
+
+    Raises LimitError for trees past the bounds. Where that fails for real names it is tried with positive ones, and
+    logarithms are split as where both sides are defined; a caller must have seen the two agree at points of both signs.
+    """
+    for node in (left, right):
+        _check_size(node, MAX_PARTS)
+    for kind in ("integer",) if whole else ("real", "positive"):
+        builder = SympyBuilder(kind)
+        try:
+            difference = builder.build(left) - builder.build(right)
+            if any(form == 0 for form in _forms(builder.sympy, difference)):
+                return True
+        except FAILURES as error:
+            if isinstance(error, LimitError):
+                raise
+            return False
+        if difference.has(*_kinked(builder.sympy)):
+            return False
+    return False
+
+
+def _kinked(sympy: Any) -> tuple[type, ...]:
+    return sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.sign
+
+
+def _periodic(sympy: Any) -> tuple[type, ...]:
+    """The functions that are quotients of exponentials, in which form a difference of theirs is decided."""
+    elementary = sympy.functions.elementary
+    return elementary.trigonometric.TrigonometricFunction, elementary.hyperbolic.HyperbolicFunction
+
+
+def _forms(sympy: Any, difference: Expression) -> Iterator[Expression]:
+    """The difference in one form after another, the cheap ones first, the others only for what is small."""
+    yield difference
+    yield sympy.expand(difference)
+    if sum(1 for _ in sympy.preorder_traversal(difference)) > MAX_SIMPLIFIED:
+        raise LimitError(f"an identity of more than {MAX_SIMPLIFIED} parts")
+    if difference.has(*_kinked(sympy)):
+        yield sympy.expand(difference.rewrite((sympy.Max, sympy.Min), sympy.Abs).rewrite(sympy.floor))
+    if difference.has(sympy.log):
+        yield sympy.expand(sympy.expand_log(difference, force=True))
+    if difference.has(sympy.factorial, sympy.binomial):
+        yield sympy.gammasimp(difference)
+    if difference.has(*_periodic(sympy)):
+        yield sympy.expand(sympy.fraction(sympy.together(difference.rewrite(sympy.exp)))[0])
+        yield sympy.trigsimp(difference)
+    if any(power.exp.is_Rational and not power.exp.is_Integer for power in difference.atoms(sympy.Pow)):
+        yield sympy.radsimp(sympy.sqrtdenest(difference))
+        yield sympy.expand(sympy.expand_power_base(difference, force=True))
+        yield sympy.expand(_with_radicands_factored(sympy, _without_first_root(sympy, difference)))
+    yield sympy.simplify(difference)
+
+
+def _without_first_root(sympy: Any, value: Expression) -> Expression:
+    """x replaced by (t^2 - b) / a for t >= 0, where the value holds a square root of ax + b: its domain stays whole."""
+    for power in sorted(value.atoms(sympy.Pow), key=sympy.default_sort_key):
+        if power.exp.is_Rational and power.exp.q == 2:
+            for name in power.base.free_symbols:
+                slope = power.base.diff(name)
+                if slope.is_number and slope.is_positive and len(power.base.free_symbols) == 1:
+                    root = sympy.Dummy(nonnegative=True)
+                    return value.subs(name, (root**2 - power.base.subs(name, 0)) / slope)
+    return value
+
+
+def _with_radicands_factored(sympy: Any, value: Expression) -> Expression:
+    return value.replace(
+        lambda part: part.is_Pow and part.exp.is_Rational and not part.exp.is_Integer and part.base.is_Add,
+        lambda part: sympy.factor(part.base) ** part.exp,
+    )
+
+
+def same_zeros(left: Node, right: Node) -> bool:
+    """Whether two quotients have the same zeros: one numerator up to a constant, and denominators that take none away.
+
+    xy - 1 and y - 1/x have, x and x/y have not. Raises LimitError for trees past the bounds.
+    """
+    for node in (left, right):
+        _check_size(node, MAX_PARTS)
+        quotient(node)
+    builder = SympyBuilder("real")
+    sympy = builder.sympy
+    try:
+        (top, bottom), (other, below) = (
+            sympy.fraction(sympy.cancel(sympy.together(builder.build(node)))) for node in (left, right)
+        )
+        if other == 0 or top == 0 or not sympy.cancel(top / other).is_number:
+            return False
+        return sympy.cancel(bottom / below).is_number or all(_apart(sympy, top, b) for b in (bottom, below))
+    except (*FAILURES, sympy.PolynomialError) as error:
+        if isinstance(error, LimitError):
+            raise
+        return False
+
+
+def _apart(sympy: Any, numerator: Expression, denominator: Expression) -> bool:
+    """Whether the two never vanish together, shown by a remainder that is a constant."""
+    if denominator.is_number:
+        return True
+    remainder = sympy.reduced(numerator, [denominator])[1]
+    return bool(remainder.is_number and remainder != 0)
+
+
+def _check_size(node: Node, limit: int) -> None:
+    if _parts(node) > limit:
+        raise LimitError(f"a symbolic expression of {_parts(node)} parts, limit {limit}")
+
+
+def _parts(node: Node) -> int:
+    return 1 + sum(_parts(part) for part in node if isinstance(part, tuple))
+
+
+def _operators(node: Node) -> int:
+    own = bool(node) and isinstance(node[0], str) and node[0] in OPERATORS
+    return own + sum(_operators(part) for part in node if isinstance(part, tuple))

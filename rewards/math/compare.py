@@ -25,9 +25,11 @@ def equivalent(gold: Node, answer: Node, rules: Rules) -> bool:
         gold, answer = folded(gold), folded(answer)
         if gold == answer:
             return True
-        if rules.require_evaluated and holds_operator(_stated(answer)):
-            return split_label(gold)[1] == split_label(answer)[1]
-        return _Comparison(rules).same(evaluated(gold), evaluated(answer))
+        if holds_operator(gold) or holds_operator(answer):
+            if rules.require_evaluated and holds_operator(_stated(answer)):
+                return split_label(gold)[1] == split_label(answer)[1]
+            gold, answer = evaluated(gold), evaluated(answer)
+        return _Comparison(rules).same(gold, answer)
     except (Undefined, ParseError):
         return False
 

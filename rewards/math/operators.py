@@ -6,6 +6,7 @@ does not matter to equality.
 """
 
 from abc import ABC, abstractmethod
+from fractions import Fraction
 
 from deltarl.rewards.math.cursor import Cursor
 from deltarl.rewards.math.lexer import ParseError, Token
@@ -48,7 +49,11 @@ class Operators(Cursor, ABC):
         while self.op("_", "^"):
             mark = self.value()
             self.at += 1
-            marks[mark] = self.argument() if mark == "_" else self.exponent()
+            if self.kind() in ("num", "sym") and [t[1] for t in self.tokens[self.at + 1 : self.at + 2]] == ["_"]:
+                marks[mark] = self.inner(self.tokens[self.at : self.at + 1])
+                self.at += 1
+            else:
+                marks[mark] = self.argument() if mark == "_" else self.exponent()
         if set(marks) != {"_", "^"}:
             raise Unevaluated(f"\\{command} without both of its bounds")
         if command == "int":
@@ -71,7 +76,8 @@ class Operators(Cursor, ABC):
             if inner:
                 inner -= 1
             else:
-                name, body = ("sym", self.tokens[at + 1][1]), self.inner(self.tokens[self.at : at])
+                name, inside = ("sym", self.tokens[at + 1][1]), self.tokens[self.at : at]
+                body = self.inner(inside) if inside else ("num", Fraction(1), 0)
                 self.at = at + 2
                 return bound("int", body, name, (low, high))
         raise Unevaluated("\\int without its differential")

@@ -1,10 +1,11 @@
 """Quotients of polynomials in normal form: an exact decision for the expressions that are rational in their names."""
 
+from collections.abc import Callable
 from fractions import Fraction
 
-from deltarl.rewards.math.evaluate import Undefined
+from deltarl.rewards.math.evaluate import FIRST_PRECISION, Evaluator, NotANumber, Undefined
 from deltarl.rewards.math.lexer import LimitError
-from deltarl.rewards.math.nodes import CONSTANT_NAMES, Node
+from deltarl.rewards.math.nodes import CONSTANT_NAMES, Node, names
 
 MAX_TERMS = 300
 MAX_POWER = 64
@@ -54,10 +55,23 @@ def quotient(node: Node) -> Quotient:
         if exponent is not None:
             base = quotient(node[1])
             return _power(base if exponent > 0 else _inverse(base), abs(exponent))
+    value = None if names(node) else _rational(node)
+    if value is not None:
+        return ({UNIT: value} if value else {}), ONE
     return {frozenset(((node, 1),)): Fraction(1)}, ONE
 
 
-def _folded(nodes: tuple[Node, ...], combine) -> Quotient:
+def _rational(node: Node) -> Fraction | None:
+    """The value of a constant that is worked out without rounding, as 5! is and log_2 8 is not."""
+    evaluator = Evaluator({}, FIRST_PRECISION, real=False)
+    try:
+        value = evaluator.value(node)
+    except NotANumber:
+        return None
+    return value if evaluator.exact and isinstance(value, Fraction) else None
+
+
+def _folded(nodes: tuple[Node, ...], combine: Callable[[Quotient, Quotient], Quotient]) -> Quotient:
     result = quotient(nodes[0])
     for node in nodes[1:]:
         result = combine(result, quotient(node))

@@ -21,6 +21,7 @@ from deltarl.rewards.math.integers import hash_number
 from deltarl.rewards.math.nodes import Node, names, uses
 from deltarl.rewards.math.polynomials import same_quotient
 from deltarl.rewards.math.symbolic import proves_equal
+from deltarl.rewards.math.sympy_trees import Assumption
 
 PROBES = 8
 PROBES_NEEDED = 3
@@ -46,7 +47,10 @@ def same_value(left: Node, right: Node) -> bool:
     if not variables:
         return agree(left, right, {}, real=False)
     real = not (uses(left, "i") or uses(right, "i"))
-    for points, whole in ((probe_points(variables), False), (integer_points(variables), True)):
+    for points, assumptions in (
+        (probe_points(variables), ("real", "positive")),
+        (integer_points(variables), ("integer",)),
+    ):
         hits = 0
         for environment in points:
             try:
@@ -56,14 +60,14 @@ def same_value(left: Node, right: Node) -> bool:
                 continue
             hits += 1
         if hits >= PROBES_NEEDED:
-            return proved(left, right, whole)
-    return proved(left, right, whole=False)
+            return proved(left, right, *assumptions)
+    return proved(left, right, "real")
 
 
-def proved(left: Node, right: Node, whole: bool) -> bool:
+def proved(left: Node, right: Node, *assumptions: Assumption) -> bool:
     """Equal by proof, for expressions that no probe point tells apart. Raises LimitError past the bounds of sympy."""
     exact = same_quotient(left, right)
-    return proves_equal(left, right, whole=whole) if exact is None else exact
+    return proves_equal(left, right, *assumptions) if exact is None else exact
 
 
 def agree(left: Node, right: Node, environment: Environment, real: bool) -> bool:
@@ -125,7 +129,7 @@ def same_up_to_factor(left: Node, right: Node, positive: bool) -> bool:
             return False
     if hits < (PROBES_NEEDED if variables else 1):
         return False
-    return not isinstance(first, Fraction) or proved(left, ("mul", (("num", first, 0), right)), whole=False)
+    return not isinstance(first, Fraction) or proved(left, ("mul", (("num", first, 0), right)), "real", "positive")
 
 
 def _near(evaluator: Evaluator, a: Number, b: Number) -> bool:

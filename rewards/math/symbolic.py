@@ -13,7 +13,7 @@ from deltarl.rewards.math.evaluate import FIRST_PRECISION, Evaluator
 from deltarl.rewards.math.lexer import LimitError, ParseError
 from deltarl.rewards.math.nodes import Node, names, substituted, uses
 from deltarl.rewards.math.polynomials import quotient
-from deltarl.rewards.math.sympy_trees import Expression, SympyBuilder, to_node
+from deltarl.rewards.math.sympy_trees import Assumption, Expression, SympyBuilder, to_node
 
 MAX_PARTS = 250
 MAX_SIMPLIFIED = 120
@@ -21,7 +21,7 @@ MAX_OPERAND_PARTS = 60
 MAX_OPERATORS = 4
 MAX_WRITTEN_PARTS = 50_000
 
-OPERATORS = frozenset(("sum", "prod", "int", "lim", "diff"))
+OPERATORS = ("sum", "prod", "int", "lim", "diff")
 FAILURES = (NotImplementedError, ValueError, TypeError, ArithmeticError, AttributeError)
 
 
@@ -30,13 +30,7 @@ class NoClosedForm(ParseError):
 
 
 def holds_operator(node: Node) -> bool:
-    return node[0] in OPERATORS or any(_holds(part) for part in node[1:])
-
-
-def _holds(part: object) -> bool:
-    if not isinstance(part, tuple) or not part:
-        return False
-    return holds_operator(part) if isinstance(part[0], str) else any(_holds(inner) for inner in part)
+    return node[0] in OPERATORS or any(holds_operator(part) for part in node if isinstance(part, tuple) and part)
 
 
 def evaluated(node: Node) -> Node:
@@ -44,8 +38,6 @@ def evaluated(node: Node) -> Node:
 
     A range between integers is written out, without sympy. Raises NoClosedForm and LimitError.
     """
-    if not holds_operator(node):
-        return node
     if _operators(node) > MAX_OPERATORS:
         raise LimitError(f"more than {MAX_OPERATORS} sums, integrals or the like")
     return _Evaluation().value(node)
@@ -111,16 +103,16 @@ def _generic_branches(sympy: Any, value: Expression) -> Expression:
     return value
 
 
-def proves_equal(left: Node, right: Node, *, whole: bool = False) -> bool:
-    """Whether sympy shows left - right to be 0, the names standing for real numbers (integers if `whole`).
+def proves_equal(left: Node, right: Node, *assumptions: Assumption) -> bool:
+    """Whether sympy shows left - right to be 0 under one of the assumptions about the names, tried in turn.
 
-    Raises LimitError for trees past the bounds. Where that fails for real names it is tried with positive ones, and
-    logarithms are split as where both sides are defined; a caller must have seen the two agree at points of both signs.
+    A proof for "positive" or "integer" names says nothing of others: a caller must have seen the two agree there.
+    Logarithms are split and joined as where both sides are defined. Raises LimitError for trees past the bounds.
     """
     for node in (left, right):
         _check_size(node, MAX_PARTS)
-    for kind in ("integer",) if whole else ("real", "positive"):
-        builder = SympyBuilder(kind)
+    for assumption in assumptions:
+        builder = SympyBuilder(assumption)
         try:
             difference = builder.build(left) - builder.build(right)
             if any(form == 0 for form in _forms(builder.sympy, difference)):
@@ -226,5 +218,5 @@ def _parts(node: Node) -> int:
 
 
 def _operators(node: Node) -> int:
-    own = bool(node) and isinstance(node[0], str) and node[0] in OPERATORS
+    own = bool(node) and node[0] in OPERATORS
     return own + sum(_operators(part) for part in node if isinstance(part, tuple))

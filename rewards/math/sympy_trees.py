@@ -21,6 +21,7 @@ FUNCTIONS = {
 }  # fmt: skip
 BACK = {sympy_name: name for name, sympy_name in FUNCTIONS.items()}
 
+Assumption = Literal["real", "positive", "integer"]
 Expression = Any  # a sympy.Expr
 
 
@@ -31,7 +32,7 @@ class SympyBuilder:
     a value that does not exist.
     """
 
-    def __init__(self, names: Literal["real", "positive", "integer"]) -> None:
+    def __init__(self, names: Assumption) -> None:
         import sympy
 
         self.sympy = sympy

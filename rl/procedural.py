@@ -37,12 +37,12 @@ class LinearLevel(NamedTuple):
 
 
 # One entry per difficulty, 1 first.
-CHAIN_SUM = [  # (min terms, max terms, min digits, max digits)
-    (3, 4, 1, 1),
-    (3, 4, 1, 2),
-    (3, 5, 2, 2),
-    (4, 6, 2, 3),
-    (5, 8, 3, 3),
+CHAIN_SUM = [  # (min terms, max terms, min digits, max digits, running totals may be negative)
+    (3, 4, 1, 1, False),
+    (3, 4, 1, 2, True),
+    (3, 5, 2, 2, True),
+    (4, 6, 2, 3, True),
+    (5, 8, 3, 3, True),
 ]
 LINEAR = [
     LinearLevel((2, 9), (1, 9), (1, 20)),
@@ -64,12 +64,14 @@ LEVELS = len(CHAIN_SUM)
 
 def chain_sum(difficulty: int, rng: random.Random) -> Iterator[Exercise]:
     """`3+5-2`, solved by running totals: `3+5=8; 8-2=6.`"""
-    min_terms, max_terms, min_digits, max_digits = CHAIN_SUM[difficulty - 1]
+    min_terms, max_terms, min_digits, max_digits, may_be_negative = CHAIN_SUM[difficulty - 1]
     while True:
-        first, *rest = (
-            _number(rng.randint(min_digits, max_digits), rng) for _ in range(rng.randint(min_terms, max_terms))
-        )
-        steps = [(rng.choice("+-"), number) for number in rest]
+        numbers = [_number(rng.randint(min_digits, max_digits), rng) for _ in range(rng.randint(min_terms, max_terms))]
+        first, steps, total = numbers[0], [], numbers[0]
+        for number in numbers[1:]:
+            sign = rng.choice("+-") if may_be_negative or number <= total else "+"
+            steps.append((sign, number))
+            total += number if sign == "+" else -number
         terms = [first, *(number if sign == "+" else -number for sign, number in steps)]
         written, total = running_total(first, steps)
         question = rng.choice(["Compute {}.", "What is {}?"]).format(

@@ -130,8 +130,9 @@ def test_decoding_in_place_changes_only_the_named_slots():
     before, slots = pool.clone(), torch.tensor([4, 0, 2])
     o = kda_decode_(**{name: x[:, 0] for name, x in inputs.items()}, **gate, state=pool, slots=slots)
     expected, states = kda_recurrent(**inputs, **gate, initial_state=before[slots])
-    assert torch.equal(o, expected[:, 0])
-    assert torch.equal(pool[slots], states)
+    # The in-place step reads the state once for both products: the same sums in another order, so fp32 rounding apart.
+    assert torch.allclose(o, expected[:, 0], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(pool[slots], states, rtol=1e-5, atol=1e-6)
     assert torch.equal(pool[[1, 3, 5]], before[[1, 3, 5]])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +22,6 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when it did what was asked, 2 for input that cannot be used, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # deltarl pins its own range
     try:
         return args.run(args) or 0
     except UserError as error:
@@ -106,10 +106,22 @@ def run_train(args: argparse.Namespace, sft_only: bool = False) -> int:
     resume = None if args.resume is None else RunFolder.open(args.resume, args.overrides)
     job = load_job(args.job, args.overrides) if resume is None else resume.job
 
+    quiet_libraries()
     from deltarl.rl.train import train  # torch and vLLM take seconds to import
 
     train(job, resume, sft_only=sft_only)
     return 0
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and notes out of deltarl's progress; their errors stay."""
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # deltarl has its own range
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # Triton is not needed without a GPU
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def run_sft(args: argparse.Namespace) -> int:
@@ -119,6 +131,7 @@ def run_sft(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`deltarl eval`."""
+    quiet_libraries()
     from deltarl.rl.train import evaluate_target
 
     evaluate_target(args.target, args.checkpoint, args.overrides)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from types import FrameType
+
+
+STDERR = 2
 
 
 class Interrupted(Exception):
@@ -36,4 +39,4 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping: writing a checkpoint first (again to stop at once)", file=sys.stderr, flush=True)
+        os.write(STDERR, b"\nstopping: writing a checkpoint first (again to stop at once)\n")  # print is not reentrant

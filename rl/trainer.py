@@ -219,7 +219,8 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         def progress(done: int, total: int, tokens: int) -> None:
             self.stop.check()
             if self.bar is not None:
-                self.bar.set_postfix_str(f"generating {done}/{total}", refresh=True)
+                self.bar.set_postfix_str(f"generating {done}/{total}", refresh=False)
+                self.bar.update(0)
 
         self._traces = self.worker.generate(prompts, sampling, seeds=seeds, progress=progress)
         self._seconds["generate"] += time.perf_counter() - began

@@ -155,6 +155,7 @@ def start(
         "mamba_ssm_cache_dtype": "float32",
         "enable_prefix_caching": False,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     with keep_torch_threads():
         from vllm.platforms import current_platform

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -28,6 +30,7 @@ def compare(path: str, overrides: list[str], *, dry_run: bool = False) -> Path |
         Interrupted: Ctrl-C; the same command goes on where it stopped.
     """
     comparison = load_comparison(path, overrides)
+    check_arms(comparison, path)
     folder = Path(comparison.runs_dir) / comparison.name
     jobs = {
         (arm, seed): arm_job(comparison, Path(path), arm, seed) for arm in comparison.arms for seed in comparison.seeds
@@ -44,11 +47,29 @@ def compare(path: str, overrides: list[str], *, dry_run: bool = False) -> Path |
     return report
 
 
+def check_arms(comparison: Comparison, path: str) -> None:
+    """Raise UserError for an arm that does not exist, before hours go into the ones that do."""
+    from deltarl.model import ARMS  # torch takes seconds to import
+
+    unknown = [arm for arm in comparison.arms if arm not in ARMS]
+    if unknown:
+        raise UserError(f"{path}: arms: unknown arm {unknown[0]!r}: known arms are {', '.join(sorted(ARMS))}")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"rl": {"steps": 3}}` and `{"rl.steps": 3}` alike as `("rl.steps", 3)`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def arm_job(comparison: Comparison, path: Path, arm: str, seed: int) -> Job:
     """The job of one arm and seed: the base job with the comparison's overrides, in the comparison's folder."""
     base = path.parent / comparison.base
     values = read_yaml(base)
-    for key, value in comparison.set.items():
+    for key, value in flat(comparison.set):
         set_key(values, key, value)
     set_key(values, "model.arm", arm)
     values |= {"seed": seed, "name": f"{arm}-s{seed}", "runs_dir": str(Path(comparison.runs_dir) / comparison.name)}

@@ -6,7 +6,6 @@ import os
 import signal
 from types import FrameType
 
-
 STDERR = 2
 
 

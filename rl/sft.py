@@ -60,7 +60,7 @@ class WarmUp(Checkpointing, SFTTrainer):
         self.bar: tqdm | None = None
         super().__init__(
             model=model,
-            args=sft_config(job, str(run.path / "trl")),
+            args=sft_config(job, str(run.path)),
             train_dataset=dataset,
             processing_class=tokenizer,
         )

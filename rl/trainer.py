@@ -171,7 +171,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         super().__init__(
             model=model,
             reward_funcs=[self._verify],
-            args=grpo_config(job, str(run.path / "trl")),
+            args=grpo_config(job, str(run.path)),
             train_dataset=training_order(problems, job),
             processing_class=tokenizer,
         )

@@ -8,7 +8,6 @@ The private parts of TRL used here are pinned by tests/contract/test_trl_contrac
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PrinterCallback
+from transformers import PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -143,6 +142,8 @@ class RLTrainer(Checkpointing, GRPOTrainer):
     `updates_per_step(job)` optimizer steps. `after_step(step)`, to be set, is called when a step's row has been written
     and may return True to stop; checkpoints are only meaningful there, between batches of traces.
 
+    `reference` anchors the KL, and is given where `rl.beta` is more than 0.
+
     Raises `Interrupted` out of `train()` when a stop is requested while the engine generates.
     """
 
@@ -179,15 +180,12 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         self.use_vllm = True
         self.vllm_generation = EngineBridge(self)
         self._last_loaded_step = -1
-        if job.rl.beta > 0:
-            self._set_reference(model if reference is None else reference)
+        if reference is not None:
+            self._set_reference(reference)
 
-    def _set_reference(self, source: torch.nn.Module) -> None:
-        """Anchor the KL to a frozen copy of `source`; TRL would reload it by its hub name instead."""
-        self.beta = self.args.beta = self.job.rl.beta
-        reference = copy.deepcopy(source) if source is self.model else source
-        if source is self.model:
-            reference.__dict__.pop("forward", None)
+    def _set_reference(self, reference: torch.nn.Module) -> None:
+        """Anchor the KL to `reference`, frozen; TRL would load one by the model's hub name instead."""
+        self.beta = self.job.rl.beta
         reference.requires_grad_(False)
         add_fused_lm_head(reference, temperature=self.temperature)
         self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
@@ -251,6 +249,8 @@ class RLTrainer(Checkpointing, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._step_began = time.perf_counter()
         self._seconds.clear()
+        # A step's randomness depends on seed and step alone: a resumed run draws what the run before would have drawn.
+        set_seed(int(np.random.SeedSequence([self.job.seed, self.rl_step, 1]).generate_state(1)[0]))
         output = super()._generate_and_score_completions(inputs)
         self._seconds["logprobs"] = time.perf_counter() - self._step_began - self._seconds.total()
         tokens = sum(len(trace.completion_ids) for trace in self._traces)

@@ -10,7 +10,7 @@ from deltarl.model import build_model
 from deltarl.rl.cli import main
 from deltarl.rollout import engine
 
-GOOD_ROWS = [{"question": f"What is {n}+{n}?", "answer": str(2 * n)} for n in range(20)]
+GOOD_ROWS = [{"question": f"What is {n}+{n}?", "answer": f"{n}+{n}={2 * n}. #### {2 * n}"} for n in range(20)]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_refused(job, capsys, sections, says):
     [
         ([], "holds no rows"),
         ([*GOOD_ROWS, {"question": "What is 1+1?"}], "data.jsonl:21: no gold"),
-        ([{**row, "answer": "\\frac{1}{"} for row in GOOD_ROWS], "golds do not parse"),
+        ([{**row, "answer": "one half #### \\frac{1}{"} for row in GOOD_ROWS], "golds do not parse"),
     ],
     ids=["empty", "row without gold", "golds that do not parse"],
 )

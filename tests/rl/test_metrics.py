@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import numpy
 import pytest
 
 from deltarl.rl.errors import UserError
@@ -42,7 +43,6 @@ def test_rows_are_on_disk_before_the_log_is_closed(tmp_path):
 
 
 def test_non_finite_numbers_become_null_and_scalars_of_libraries_become_numbers(tmp_path):
-    numpy = pytest.importorskip("numpy")
     row = {"kind": "rl", "step": 1, "loss": math.nan, "kl": numpy.float32("inf"), "time": {"sync": -math.inf}}
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         log.append({**row, "grad_norm": numpy.float32(0.5), "length_max": numpy.int64(7), "lengths": (1, math.nan)})

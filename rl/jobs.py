@@ -73,6 +73,14 @@ class SFTConfig(Section):
         min_length=1,
     )
 
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> SFTConfig:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size = {self.batch_size} must be a multiple of micro_batch_size = {self.micro_batch_size}"
+            )
+        return self
+
 
 class RewardsConfig(Section):
     """Which verifier scores a trace, and the worker pool that runs it."""

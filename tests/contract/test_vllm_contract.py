@@ -5,8 +5,6 @@ from dataclasses import fields
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is an optional part: the contract holds where it is installed")
-
 from deltarl.rollout.engine import check_vllm_version, prepare_environment
 
 prepare_environment()

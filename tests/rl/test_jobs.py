@@ -47,6 +47,7 @@ def test_override_makes_a_missing_section(tmp_path):
         ("rl: {steps: -3}", [], "rl.steps: Input should be greater than or equal to 0 (got -3)"),
         ("data: {instruction: hello}", [], "must contain {question}"),
         ("rl: {micro_batch_size: 7}", [], "must be a multiple of"),
+        ("sft: {batch_size: 8, micro_batch_size: 16}", [], "must be a multiple of micro_batch_size = 16"),
         ("rl: {max_completion_length: 300}", [], "raise rollout.max_model_len"),
         ("rl: {algorithm: dpo}", [], "rl.algorithm"),
         ("a: b: c", [], "is not valid YAML"),

@@ -26,6 +26,7 @@ ARM_LINES = ("-", "--", "-.", ":")
 ARM_MARKERS = "osD^vPX"
 PHASE_COLOURS = dict(zip(PHASES, (BLUE, YELLOW, GREEN, PURPLE, RED, GREY), strict=True))
 STATUS_COLOURS = dict(zip(STATUSES, (BLUE, ORANGE, GREY, PURPLE, RED, YELLOW, INK), strict=True))
+TIME_AXIS_MEDIANS = 3.0  # a step longer than so many medians is cut off
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -212,7 +213,13 @@ def _logprob_gap(axes: Axes, run: RunRecord) -> None:
 
 
 def _time_per_phase(axes: Axes, run: RunRecord) -> None:
-    _stacked(axes, run.of("rl"), "time", PHASE_COLOURS, share=False)
+    rows = run.of("rl")
+    _stacked(axes, rows, "time", PHASE_COLOURS, share=False)
+    totals = np.array([sum(row["time"].values()) for row in rows if row.get("time")])
+    usual = TIME_AXIS_MEDIANS * np.median(totals)
+    if totals.max() > usual:  # compilation after a start or a resume
+        axes.set_ylim(0, usual * (1.0 + 0.13 * 2))
+        axes.text(0.02, 0.70, f"cut: longest step {totals.max():.0f} s", transform=axes.transAxes, fontsize=9)
     _describe(axes, "Time per step", "seconds")
 
 

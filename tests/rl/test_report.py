@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 import matplotlib.image
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from deltarl.rl.errors import UserError
-from deltarl.rl.metrics import MetricsLog
+from deltarl.rl.metrics import MetricsLog, load_run
 from deltarl.rl.plots import PANELS, draw_comparison, draw_run, human_count, trailing_mean
 from deltarl.rl.report import write_comparison, write_report
 
@@ -99,6 +100,15 @@ def test_every_panel_of_a_whole_run_is_drawn(tmp_path):
     assert [path.name for path in paths] == ["overview.png", *(f"{panel.name}.png" for panel in PANELS)]
     for path in paths:
         assert_drawn(path)
+
+
+def test_one_slow_step_does_not_flatten_the_others(tmp_path):
+    run = load_run(write_run(tmp_path / "run"))
+    run.of("rl")[7]["time"]["generate"] = 100.0
+    axes = Figure().add_subplot()
+    next(panel for panel in PANELS if panel.name == "time_per_phase").draw(axes, run)
+    assert 3.5 < axes.get_ylim()[1] < 20
+    assert "longest step 10" in " ".join(text.get_text() for text in axes.texts)
 
 
 def test_only_what_was_measured_is_drawn(tmp_path):

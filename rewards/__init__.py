@@ -3,7 +3,7 @@
 Imports neither torch nor vLLM: a pool's worker starts in the time that Python itself needs.
 """
 
-from deltarl.rewards.adapters import as_trl_reward, from_trl_reward
+from deltarl.rewards.adapters import as_async_trl_reward, as_trl_reward, from_trl_reward
 from deltarl.rewards.host import HostClosed, VerifierHost, check_golds
 from deltarl.rewards.registry import VerifierInfo, VerifierLoadError, list_verifiers, load_verifier
 from deltarl.rewards.types import STATUSES, Status, Verdict, Verifier, VerifierSpec
@@ -18,6 +18,7 @@ __all__ = [
     "VerifierInfo",
     "VerifierLoadError",
     "VerifierSpec",
+    "as_async_trl_reward",
     "as_trl_reward",
     "check_golds",
     "from_trl_reward",

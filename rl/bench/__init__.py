@@ -1,0 +1,1 @@
+"""Benchmarks: ours beside public peers, in one run."""

@@ -20,6 +20,9 @@ BUILT_IN = {
     "math": "deltarl.rewards.math:MathVerifier",
     "exact": "deltarl.rewards.simple:ExactVerifier",
     "numeric": "deltarl.rewards.simple:NumericVerifier",
+    "format": "deltarl.rewards.format:FormatVerifier",
+    "length": "deltarl.rewards.length:LengthVerifier",
+    "combine": "deltarl.rewards.combine:CombineVerifier",
 }
 
 
@@ -69,8 +72,11 @@ def absolute_spec(spec: VerifierSpec) -> VerifierSpec:
 
 
 def _describe(name: str, origin: str) -> VerifierInfo:
+    """A class tells its version itself: it may have options that must be given."""
     try:
-        return VerifierInfo(name, load_verifier(name).version, origin)
+        target = _find(name)
+        versioned = inspect.isclass(target) and isinstance(getattr(target, "version", None), str)
+        return VerifierInfo(name, (target if versioned else load_verifier(name)).version, origin)
     except VerifierLoadError as error:
         return VerifierInfo(name, "?", origin, str(error))
 
@@ -89,7 +95,7 @@ def _find(name: str) -> Any:
     if name in found:
         return _find(found[name].value)
     known = [*BUILT_IN, *sorted(found)]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
     raise VerifierLoadError(f"no verifier named {name!r}: {hint} (or give package.module:attr, or file.py:attr)")
 

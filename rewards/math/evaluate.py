@@ -1,7 +1,7 @@
 """The value of a tree: an exact Fraction as long as it is rational, else an mpmath number of enough bits.
 
 Every size is bounded before the operation that would make it: bits of integers, exponents, factorials, arguments of
-periodic functions. Nothing here can take long, and LimitError says what was refused.
+periodic functions; and what is done is paid for from the answer's budget. LimitError says what was refused.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 
 from mpmath import MPContext
 
+from deltarl.rewards.math.budget import fraction_price, function_price, spend
 from deltarl.rewards.math.integers import exact_root, hash_number
 from deltarl.rewards.math.lexer import LimitError, ParseError
 from deltarl.rewards.math.nodes import Node, names
@@ -23,6 +24,8 @@ MAX_ANGLE_BITS = 2_000
 MAX_PRECISION = 20_000
 FIRST_PRECISION = 256
 NOISE_BITS = 48
+GAMMA_FUNCTIONS = 200
+DIGITS_A_BIT = 0.15
 
 _LOCAL = threading.local()
 
@@ -74,15 +77,21 @@ class Evaluator:
             bits = max(value.numerator.bit_length(), value.denominator.bit_length())
             if bits > MAX_BITS:
                 raise LimitError(f"a number of {bits} bits, limit {MAX_BITS}")
+            spend(fraction_price(bits))
         else:
             if not self.mp.isfinite(value):
                 raise Undefined("not finite")
             bits = abs(self.mp.mag(value)) if value else 0
+            spend(10)
         self.magnitude = max(self.magnitude, bits)
 
     def sum(self, values: list[Number]) -> Number:
         if all(isinstance(v, Fraction) for v in values):
-            return sum(values, Fraction(0))
+            total = Fraction(0)
+            for value in values:
+                total += value
+                self._measure(total)
+            return total
         terms = [self.inexact(value) for value in values]
         largest = max((self.mp.mag(term) for term in terms if term), default=0)
         return self.settled(self.mp.fsum(terms), largest)
@@ -124,6 +133,7 @@ class Evaluator:
             raise Undefined("a power of a negative number")
         if abs(exponent) * (abs(self.mp.mag(base)) + 1) > MAX_EXPONENT:
             raise LimitError("an exponent past the bound")
+        self._pay(2)
         result = base**exponent
         return self.settled(result, self.mp.mag(result)) if result else Fraction(0)
 
@@ -132,7 +142,7 @@ class Evaluator:
             raise Undefined("0 to a power that is not positive")
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if abs(base) != 1 and base != 0 and bits * abs(exponent) > MAX_BITS:
-            raise LimitError(f"a power of about {bits} x {exponent} bits, limit {MAX_BITS}")
+            raise LimitError(f"a power of more than {MAX_BITS} bits")
         return base ** (exponent if abs(base) != 1 else exponent % 2)
 
     def root(self, radicand: Number, degree: int) -> Number:
@@ -148,12 +158,16 @@ class Evaluator:
             if exact is not None:
                 return exact
         number = self.inexact(radicand)
+        self._pay(1)
         if number.imag == 0 and number.real < 0:
             if degree % 2:
                 return -self.mp.root(-number.real, degree)
             if self.real:
                 raise Undefined("an even root of a negative number")
         return self.mp.root(number, degree) if degree > 2 else self.mp.sqrt(number)
+
+    def _pay(self, functions: float) -> None:
+        spend(functions * function_price(self.mp.prec))
 
     def angle(self, value: Number) -> Number:
         number = self.inexact(value)
@@ -214,7 +228,7 @@ def _factorial(self: Evaluator, node: Node) -> Number:
             raise Undefined("a factorial of no natural number")
         return _gamma(self, value)
     if value > MAX_FACTORIAL:
-        raise LimitError(f"the factorial of {value}, limit {MAX_FACTORIAL}")
+        raise LimitError(f"a factorial past {MAX_FACTORIAL}")
     return Fraction(math.factorial(int(value)))
 
 
@@ -222,6 +236,7 @@ def _gamma(self: Evaluator, value: Number) -> Number:
     number = self.inexact(value)
     if abs(number) > MAX_FACTORIAL:
         raise LimitError("a gamma function past the bound")
+    self._pay(GAMMA_FUNCTIONS * self.mp.prec / FIRST_PRECISION)
     try:
         return self.mp.gamma(number + 1)
     except ValueError as error:
@@ -240,7 +255,10 @@ def _call(self: Evaluator, node: Node) -> Number:
     key = [node[1]]
     for argument in node[2]:
         value = self.value(argument)
-        key.append(str(value) if isinstance(value, Fraction) else self.mp.nstr(value, 30))
+        shown = int(self.mp.prec * DIGITS_A_BIT)
+        key.append(
+            f"{value.numerator:x}/{value.denominator:x}" if isinstance(value, Fraction) else self.mp.nstr(value, shown)
+        )
     return Fraction(hash_number(" ".join(key)), 1 << 40)
 
 
@@ -283,6 +301,7 @@ def _ln(self: Evaluator, value: Number) -> Number:
         raise Undefined("the logarithm of zero")
     if self.real and number.imag == 0 and number.real < 0:
         raise Undefined("the logarithm of a negative number")
+    self._pay(1)
     return Fraction(0) if number == 1 else self.mp.log(number)
 
 
@@ -313,10 +332,14 @@ def _extreme(pick: Callable) -> Callable:
 
 
 def _common(pick: Callable) -> Callable:
-    def apply(_: Evaluator, *values: Number) -> Number:
+    def apply(self: Evaluator, *values: Number) -> Number:
         if not all(isinstance(v, Fraction) and v.denominator == 1 for v in values):
             raise Undefined("a common divisor of numbers that are not integers")
-        return Fraction(pick(*map(int, values)))
+        result = abs(values[0])
+        for value in values[1:]:
+            result = Fraction(pick(int(result), int(value)))
+            self._measure(result)
+        return result
 
     return apply
 
@@ -336,6 +359,7 @@ def _binomial(self: Evaluator, n: Number, k: Number) -> Number:
 def _plain(name: str, bounded: bool = False) -> Callable:
     def apply(self: Evaluator, value: Number) -> Number:
         number = self.angle(value) if bounded else self.inexact(value)
+        self._pay(2)
         if name in ("asin", "acos", "acosh", "atanh") and self.real and abs(number) > 1 and name != "acosh":
             raise Undefined(f"{name} outside of its domain")
         try:
@@ -353,6 +377,7 @@ def _hyperbolic(name: str) -> Callable:
     def apply(self: Evaluator, value: Number) -> Number:
         if abs(value) > MAX_EXPONENT:
             raise LimitError("an exponent past the bound")
+        self.magnitude = max(self.magnitude, 2 * int(abs(value)))
         return inner(self, value)
 
     return apply

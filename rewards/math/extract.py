@@ -9,6 +9,7 @@ THOUGHT_START = re.compile(r"<think(?:ing)?>")
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 AND = re.compile(r"(?:\s|[$,;.&]|\\[()\[\],;: ]|\\text\s*\{[^{}]{0,40}\}|\\q?quad|\band\b|\bor\b)*")
 NEAR_BOXES = re.compile(r"\s*(?:\w+\s+){0,2}(?:and|or|,)\s*")
+LABEL_BEFORE_BOX = re.compile(r"(?<![A-Za-z0-9\\{}])(?P<label>[A-Za-z](?:_\w|_\{\w{1,3}\})?)\s*=\s*\$?\s*$")
 PHRASE = re.compile(
     r"(?:\bfinal\s+answer|\banswer|\bfinal\s+result|\bresult|\bsolutions?|\u7b54\u6848|\br\xe9ponse)\s*"
     r"(?P<joint>\*{0,2}\s*(?:is\b|are\b|est\b|=|:|\uff1a|\u662f|\u4e3a)[\s:*]*(?:\bis\b\s*|\btherefore\b,?\s*|\bequals?\b\s*|:)?)",
@@ -21,9 +22,14 @@ NUMBER_AT_START = re.compile(
     r"[-+]?\s*[$€£]?\s*(?:\d[\d,]*(?:\.\d+)?(?:\s+\d+/\d+|/\d+)?|\.\d+)\s*(?:%|\\%)?(?=$|[\s.,;:)])"
 )
 DIGIT = re.compile(r"\d")
-NUMBER = re.compile(r"(?<![A-Za-z0-9_.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?(?:\\?%)?")
+NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+,\d{1,2}(?![\d,])|\d+)(?:\.\d+)?(?:/\d+)?(?:\\?%)?"
+)
+PRICE = re.compile(r"(?<![\\$])\$\s?(\d[\d,]*(?:\.\d+)?)(?![\d$])|(?<![\d.,])(\d[\d,]*(?:\.\d+)?)\s?[$€£](?!\s*[\d$])")
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-THAT_IS = re.compile(r".*(?:\bis|\bare|\bequals)\s+(?=\S)", re.DOTALL)
+TITLE = re.compile(r"[A-Za-z]{2,}\s*:\s")
+THAT_IS = re.compile(r".*(?:(?:\bis|\bare|\bequals)\s+|[\u662f\u4e3a]\s*)(?=\S)", re.DOTALL)
+HAN = re.compile(r"[\u4e00-\u9fff]")
 MAX_WORDS = 3
 MAX_STATEMENT_CHARS = 2000
 MAX_BARE_CHARS = 400
@@ -57,13 +63,24 @@ def boxed(text: str) -> str | None:
         boxes.append((match.start(), end, match["bare"] or text[match.end() : end - 1]))
     if not boxes:
         return None
-    answers = [boxes[-1][2]]
+    answers, labels = [boxes[-1][2]], []
     for before, after in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
-        between = text[before[1] : after[0]]
+        between, label = _without_label(text[before[1] : after[0]])
         if not (AND.fullmatch(between) and "\n\n" not in between) and not NEAR_BOXES.fullmatch(between):
             break
         answers.insert(0, before[2])
+        labels.insert(0, label)
+    if labels and all(labels):
+        first = _without_label(text[: boxes[-len(answers)][0]][-40:])[1]
+        labelled = zip([first, *labels], answers, strict=True)
+        return ", ".join(f"{label} = {answer}" if label else answer for label, answer in labelled)
     return ", ".join(dict.fromkeys(answers))
+
+
+def _without_label(before: str) -> tuple[str, str]:
+    """What stands before a box, without the `y_2 =` at its end, and that label."""
+    found = LABEL_BEFORE_BOX.search(before)
+    return (before[: found.start()], found["label"]) if found else (before, "")
 
 
 def closing_brace(text: str, start: int) -> int | None:
@@ -117,12 +134,14 @@ def stated(text: str) -> str | None:
 def readings_of(statement: str) -> list[str]:
     """How to read a statement: its one math span, itself when it is not prose, or the number that it starts with."""
     number = NUMBER_AT_START.match(statement)
-    if len(WORD.findall(statement)) > 1 and not number:
+    if (len(WORD.findall(statement)) > 1 or HAN.search(statement)) and not number:
         that_is = THAT_IS.match(statement)
         statement = statement[that_is.end() :] if that_is else statement
     spans = _spans(statement)
     if len(spans) == 1:
         return spans
+    if len(WORD.findall(statement)) > MAX_WORDS and (price := only_price(statement)):
+        return price
     number = NUMBER_AT_START.match(statement)
     number = number if number and not DIGIT.search(statement, number.end()) else None
     itself = [statement] if len(WORD.findall(statement)) <= MAX_WORDS or not number else []
@@ -136,15 +155,24 @@ def is_bare(text: str) -> bool:
         return False
     words = WORD.findall(MATH_SPAN.sub("", text))
     opens_with_word = WORD.match(text) is not None
+    if TITLE.match(text):
+        return False
     return len(words) <= 1 or (len(words) <= MAX_WORDS and not opens_with_word)
 
 
 def lenient(text: str) -> list[str]:
-    """The last math span or, where it comes later, the last number."""
+    """The last math span or, where it comes later or the span is prose between two dollar signs, the last number."""
     spans, numbers = list(MATH_SPAN.finditer(text)), list(NUMBER.finditer(text))
-    if spans and (not numbers or numbers[-1].start() < spans[-1].end()):
+    prose = bool(spans) and "\\" not in spans[-1][0] and len(WORD.findall(spans[-1][0])) > 1
+    if spans and not prose and (not numbers or numbers[-1].start() < spans[-1].end()):
         return _spans(text)[-1:]
     return [numbers[-1][0]] if numbers else []
+
+
+def only_price(statement: str) -> list[str]:
+    """The amount of money in a sentence that names one amount."""
+    prices = PRICE.findall(statement)
+    return [prices[0][0] or prices[0][1]] if len(prices) == 1 else []
 
 
 def only_span(text: str) -> list[str]:

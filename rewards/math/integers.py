@@ -20,11 +20,11 @@ def integer_root(number: int, degree: int) -> int | None:
         return number
     if number.bit_length() <= degree:
         return None
-    low, high = 1, 1 << (number.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**degree <= number else (low, middle - 1)
-    return low if low**degree == number else None
+    root, following = 0, 1 << (number.bit_length() // degree + 1)
+    while root == 0 or following < root:
+        root = following
+        following = ((degree - 1) * root + number // root ** (degree - 1)) // degree
+    return root if root**degree == number else None
 
 
 def hash_number(text: str) -> int:

@@ -94,6 +94,7 @@ SCANNER = re.compile(
     r"|(?P<cmd>\\[a-zA-Z]+)"
     r"|(?P<brace>\\[{}|%#&_])"
     r"|(?P<word>[a-zA-Z]+)"
+    r"|(?P<text>[^\W\d_]+)"
     r"|(?P<op><=|>=|!=|==|\*\*|->|[-+*/^_=<>!()\[\]{}|,;:%&'?])"
 )
 GROUP = re.compile(r"\s*\{([^{}]*)\}")
@@ -146,6 +147,8 @@ def tokenize(text: str) -> list[Token]:
             if len(value) > MAX_DIGITS:
                 raise LimitError(f"a number of {len(value)} digits, limit {MAX_DIGITS}")
             tokens.append(("num", value, spaced))
+        elif kind == "text":
+            tokens.append(("text", value, spaced))
         elif kind == "brace":
             tokens.append(("op", {"\\|": "|", "\\%": "%"}.get(value, value), spaced))
         else:

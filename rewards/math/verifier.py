@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from deltarl.rewards.math import extract
+from deltarl.rewards.math.choices import chosen_in, letter_of, letters, settled_on
 from deltarl.rewards.math.compare import Conflict, equivalent, split_label
 from deltarl.rewards.math.lexer import LimitError, ParseError, clean, has_thousands
 from deltarl.rewards.math.nodes import Node
@@ -25,8 +26,6 @@ SPACING = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|q?quad|displaystyle
 BLANKS = re.compile(r"(?<![\d,]) | (?!\d)")
 WORDS = re.compile(r"\(?[A-Za-z'\-]+\)?")
 INTEGER = re.compile(r"-?(?:0|[1-9]\d{0,14})")
-CHOICES = frozenset("ABCDEFGHIJ")
-CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:]|$)(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,8 @@ class Reading:
     """One text read as an answer.
 
     flat: its characters without spacing. trees: what it says, twice where commas may stand between thousands or
-    between items. words: it is made of words. unevaluated: it holds a sum, integral or the like.
+    between items. words: it is made of words. unevaluated: it holds a sum, integral or the like. choice: the letter
+    of a multiple choice that a gold stands for.
     """
 
     text: str
@@ -44,6 +44,7 @@ class Reading:
     limit: bool = False
     words: bool = False
     unevaluated: bool = False
+    choice: str | None = None
 
 
 class MathVerifier:
@@ -99,6 +100,10 @@ class MathVerifier:
         if meta.get("truncated"):
             return Verdict(0.0, "no_answer", info={"reason": "the response was cut off"})
         texts = self.answer_texts(response)
+        if any(gold.choice for gold in golds):
+            letter = self.chosen(response, texts)
+            if letter in [gold.choice for gold in golds]:
+                return Verdict(1.0, "correct", letter)
         if not texts:
             return Verdict(0.0, "no_answer", info={"reason": "no answer found"})
         answer = next((r for r in map(read, texts) if r.trees or r.limit), None) or read(texts[0])
@@ -146,12 +151,28 @@ class MathVerifier:
             return [text.strip()]
         return extract.lenient(text) if self.extraction == "lenient" else []
 
+    def chosen(self, response: str, texts: Sequence[str]) -> str | None:
+        """The letter of a multiple choice that the response settles on."""
+        text = extract.without_thoughts(response)
+        if extract.BOX.search(text) or self.extraction == "strict":
+            return letter_of(flattened(clean(texts[0]))) if texts else None
+        stated = extract.stated(text)
+        if stated:
+            return settled_on(stated)
+        if extract.is_bare(text):
+            return letter_of(text)
+        return chosen_in(text) if self.extraction == "lenient" else None
+
 
 @lru_cache(maxsize=8192)
 def read_gold(text: str) -> Reading:
-    """A gold read as an answer; it may be a boxed answer or end in `####` and the answer."""
+    """A gold read as an answer; it may be a boxed answer, closed or not, or end in `####` and the answer."""
     stated = extract.boxed(text) if extract.BOX.search(text) else extract.after_hashes(text)
-    reading = read(text if stated is None else stated)
+    if stated is None and (box := extract.BOX.match(text.lstrip("$ "))) is not None:
+        stated = text.lstrip("$ ")[box.end() :]
+    reading = replace(
+        read(text if stated is None else stated), choice=letter_of(stated or extract.stated(text) or text)
+    )
     if reading.trees:
         try:
             for tree in reading.trees:
@@ -160,7 +181,7 @@ def read_gold(text: str) -> Reading:
         except (Conflict, ParseError, LimitError, ArithmeticError) as error:
             return replace(reading, problem=str(error))
         return replace(reading, problem=None)
-    if reading.words or reading.unevaluated:
+    if reading.words or reading.unevaluated or reading.choice:
         return replace(reading, problem=None)
     stated = extract.stated(text)
     texts = extract.readings_of(stated) if stated else extract.only_span(text)
@@ -204,11 +225,11 @@ def _texts(gold: str | Sequence[str] | None) -> list[str]:
 
 
 def _same_words(gold: str, answer: str) -> bool:
-    """The same words in any case, or the same letter of a choice: (C), C, C. and `(C) Alina`."""
+    """The same words in any case, or the same letters of a multiple choice with several answers: AC and `A, C`."""
     if WORDS.fullmatch(gold) and gold.strip("()").casefold() == answer.strip("()").casefold():
-        return len(gold.strip("()")) > 1 or gold.strip("()").upper() in CHOICES
-    letters = CHOICE.fullmatch(gold), CHOICE.fullmatch(answer)
-    return all(letters) and letters[0][1] == letters[1][1] and not (letters[0][2] and letters[1][2])
+        return len(gold.strip("()")) > 1
+    several = letters(gold)
+    return len(several) > 1 and several == letters(answer)
 
 
 def _decimal_comma(comma: str, point: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from deltarl.rewards import VerifierHost
+from deltarl.rl.grading import part_means, verifier_items
 from deltarl.rl.jobs import Job
 from deltarl.rl.problems import Problem, user_messages
 from deltarl.rl.prompts import render_prompts
@@ -51,12 +52,7 @@ def evaluate(
 
         traces = worker.generate(prompts, sampling, seeds=seeds, progress=progress)
     responses = tokenizer.batch_decode([trace.completion_ids for trace in traces], skip_special_tokens=True)
-    verdicts = host.verify(
-        [
-            (response, problem.gold, {**problem.meta, "truncated": trace.finish_reason == "length"})
-            for response, problem, trace in zip(responses, repeated, traces, strict=True)
-        ]
-    )
+    verdicts = host.verify(verifier_items(repeated, responses, traces, job.eval.samples_per_problem))
 
     per_problem: dict[str, list[float]] = defaultdict(list)
     for problem, verdict in zip(repeated, verdicts, strict=True):
@@ -80,6 +76,9 @@ def evaluate(
         "by_task": {task: {"n": len(s), "accuracy": float(np.mean(s))} for task, s in sorted(by_task.items())},
         "verdicts": dict(Counter(verdict.status for verdict in verdicts)),
     }
+    parts = part_means(verdicts)
+    if parts:
+        row["parts"] = parts
     rows = [
         {
             "step": step,

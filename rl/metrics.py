@@ -61,7 +61,8 @@ class RlRow(TypedDict, total=False):
     `accuracy` is the share of training samples with verdict `correct`; lengths are in completion tokens; `entropy` in
     nats per token; `kl` to the policy RL started from, in nats per token (the k3 estimator, Schulman 2020,
     "Approximating KL divergence"), null where it was not measured; `logp_gap_*` is |log p_trainer - log p_engine| per
-    sampled token in nats; `time` maps phase to seconds, `verdicts` maps status to count.
+    sampled token in nats; `time` maps phase to seconds, `verdicts` maps status to count, `parts` each part of a
+    combined verifier to its mean score.
     """
 
     kind: Literal["rl"]
@@ -87,6 +88,7 @@ class RlRow(TypedDict, total=False):
     tokens_generated: int
     tokens_per_second: float
     verdicts: dict[str, int]
+    parts: dict[str, float]
     time: dict[str, float]
 
 
@@ -104,6 +106,7 @@ class EvalRow(TypedDict, total=False):
     length_mean: float
     by_task: dict[str, dict[str, float]]
     verdicts: dict[str, int]
+    parts: dict[str, float]
 
 
 class EventRow(TypedDict, total=False):

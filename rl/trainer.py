@@ -24,6 +24,7 @@ from trl.trainer.utils import add_fused_lm_head
 from deltarl.model import checkpoint_tensors
 from deltarl.rewards import Verdict, VerifierHost
 from deltarl.rl.checkpointing import Checkpointing
+from deltarl.rl.grading import part_means, verifier_items
 from deltarl.rl.interrupt import StopRequest
 from deltarl.rl.jobs import Job
 from deltarl.rl.problems import Problem, user_messages
@@ -235,12 +236,8 @@ class RLTrainer(Checkpointing, GRPOTrainer):
             (self.problems[index], completion[0]["content"] if isinstance(completion, list) else completion)
             for index, completion in zip(problem, completions, strict=True)
         ]
-        self._verdicts = self.host.verify(
-            [
-                (text, row.gold, {**row.meta, "truncated": trace.finish_reason == "length"})
-                for (row, text), trace in zip(self._graded, self._traces, strict=True)
-            ]
-        )
+        rows, texts = zip(*self._graded, strict=True)
+        self._verdicts = self.host.verify(verifier_items(rows, texts, self._traces, self.job.rl.num_generations))
         self._seconds["verify"] += time.perf_counter() - began
         if self.bar is not None:
             self.bar.set_postfix_str("learning", refresh=True)
@@ -264,6 +261,9 @@ class RLTrainer(Checkpointing, GRPOTrainer):
             "weight_version": self.rl_step,
             "engine_kl": _engine_kl(output),
         }
+        parts = part_means(self._verdicts)
+        if parts:
+            self._window["parts"] = parts
         self._write_traces(list(self._logs["advantages"])[-len(self._traces) :])
         return output
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltarl.kernels.inputs import decay_of, initial_or_zero, prepare, sequence_lengths
-from deltarl.kernels.pairs import decayed_pairs
+from deltarl.kernels.pairs import decayed_pairs, evenly_decayed_pairs
 
 CHUNK = 32
 
@@ -40,9 +40,11 @@ def kda_chunk(
     """Attention over whole sequences: o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] if asked for.
 
     q, k [B, T, H, K], v [B, T, H, V], g [B, T, H, K], beta [B, T, H], `initial_state` [N, H, K, V]. Packed input has
-    B = 1 and `cu_seqlens` int [N + 1], else N = B. With `A_log` [H] (and `dt_bias` [H*K]) given, g and beta are raw
-    projections: the gate (softplus, or bounded below by `gate_lower_bound` < 0) and the sigmoid are applied here.
-    Without, g is the log-decay (<= 0) and beta the writing strength. `scale` multiplies q and is K**-0.5 unless given.
+    B = 1 and `cu_seqlens` int [N + 1], else N = B. v, g, beta and the states may have a multiple HV of the H heads of
+    q and k: value head i then reads query and key head i * H // HV. With `A_log` [H] (and `dt_bias` [H*K]) given, g and
+    beta are raw projections: the gate (softplus, or bounded below by `gate_lower_bound` < 0) and the sigmoid are
+    applied here. Without, g is the log-decay (<= 0) and beta the writing strength. `scale` multiplies q and is K**-0.5
+    unless given.
     Computes in fp32 (fp64 for fp64 q). Raises ValueError on shapes that do not fit.
     """
     x = prepare(q, k, v, g, beta, A_log, dt_bias, gate_lower_bound, scale, use_qk_l2norm)
@@ -112,7 +114,8 @@ def _attend(
     since_start = g.cumsum(-2)
     to_end = torch.ones(CHUNK, CHUNK, device=g.device, dtype=g.dtype).triu(1) @ g
     writers = beta * k
-    attend, erase = (p.unflatten(0, k.shape[:2]) for p in decayed_pairs(*(x.flatten(0, 1) for x in (q, writers, k, g))))
+    pairs = decayed_pairs if g.shape[-1] == k.shape[-1] else evenly_decayed_pairs
+    attend, erase = (p.unflatten(0, k.shape[:2]) for p in pairs(*(x.flatten(0, 1) for x in (q, writers, k, g))))
     start_decay = decay_of(since_start)
     targets = torch.cat((beta * v, writers * start_decay), -1)
     solved = torch.linalg.solve_triangular(erase, targets, upper=False, unitriangular=True)

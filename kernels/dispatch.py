@@ -9,12 +9,15 @@ from functools import wraps
 
 import torch
 
-from deltarl.kernels import chunk, conv, recurrent
+from deltarl.kernels import chunk, conv, gdn, recurrent
 
 TORCH: Mapping[str, Callable] = {
     "kda_chunk": chunk.kda_chunk,
     "kda_recurrent": recurrent.kda_recurrent,
     "kda_decode_": recurrent.kda_decode_,
+    "gdn_chunk": gdn.gdn_chunk,
+    "gdn_recurrent": gdn.gdn_recurrent,
+    "gdn_decode_": gdn.gdn_decode_,
     "causal_conv1d": conv.causal_conv1d,
 }
 BY_DEVICE: Mapping[str, Mapping[str, Callable]] = {}
@@ -33,4 +36,7 @@ def _dispatched(name: str) -> Callable:
 kda_chunk = _dispatched("kda_chunk")
 kda_recurrent = _dispatched("kda_recurrent")
 kda_decode_ = _dispatched("kda_decode_")
+gdn_chunk = _dispatched("gdn_chunk")
+gdn_recurrent = _dispatched("gdn_recurrent")
+gdn_decode_ = _dispatched("gdn_decode_")
 causal_conv1d = _dispatched("causal_conv1d")

@@ -73,6 +73,8 @@ def prepare(
         beta = beta.sigmoid()
     if use_qk_l2norm:
         q, k = l2norm(q), l2norm(k)
+    if v.shape[2] > q.shape[2]:
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
     return Prepared(q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, g, beta)
 
 
@@ -99,12 +101,14 @@ def initial_or_zero(state: Tensor | None, count: int, like: Prepared) -> Tensor:
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
-    if q.ndim != 4 or k.shape != q.shape or g.shape != q.shape:
+    if q.ndim != 4 or k.shape != q.shape:
+        raise ValueError(f"q and k must both be [B, T, H, K], got {tuple(q.shape)} and {tuple(k.shape)}")
+    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] < q.shape[2] or v.shape[2] % max(1, q.shape[2]):
         raise ValueError(
-            f"q, k and g must all be [B, T, H, K], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(g.shape)}"
+            f"v must be [B, T, HV, V] with HV a multiple of q's heads, got {tuple(v.shape)} for q {tuple(q.shape)}"
         )
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3] or beta.shape != q.shape[:3]:
+    if g.ndim != 4 or g.shape[:3] != v.shape[:3] or g.shape[3] not in (1, q.shape[3]) or beta.shape != v.shape[:3]:
         raise ValueError(
-            f"v must be [B, T, H, V] and beta [B, T, H], got {tuple(v.shape)} and {tuple(beta.shape)} "
-            f"for q {tuple(q.shape)}"
+            f"g must be [B, T, HV, K] and beta [B, T, HV], got {tuple(g.shape)} and {tuple(beta.shape)} "
+            f"for q {tuple(q.shape)} and v {tuple(v.shape)}"
         )

@@ -25,6 +25,15 @@ def decayed_pairs(q: Tensor, w: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, T
     return _DecayedPairs.apply(q, w, k, g)
 
 
+def evenly_decayed_pairs(q: Tensor, w: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for one decay per token, g [N, C, 1]: the decay between two tokens is then a sum over those between."""
+    size = q.shape[1]
+    after = torch.ones(size, size, dtype=torch.bool, device=q.device).tril(-1)  # [t, j]: t later than j
+    between = (g * after).cumsum(1)  # [N, i, j]: the sum of g from j + 1 to i
+    decay = decay_of(between).tril()
+    return decay * (q @ k.transpose(1, 2)), (decay * (w @ k.transpose(1, 2))).tril(-1)
+
+
 class _DecayedPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, w: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

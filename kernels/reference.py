@@ -49,3 +49,22 @@ def _recur(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tens
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], written)
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
     return (torch.stack(outputs, 1) if outputs else torch.zeros_like(v)), state
+
+
+def dplr_reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
+    """The general diagonal-plus-low-rank recurrence (DPLR, which arXiv 2510.26692 compares KDA with):
+
+        S_t = (Diag(exp g_t) + a_t b_t^T) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t * scale
+
+    KDA is the case a = -beta k, b = k exp(g), with beta k in the place of k. q, k, g, a, b [B, T, H, K], v and the
+    result [B, T, H, V], in the dtype given.
+    """
+    state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])
+    outputs = []
+    for t in range(q.shape[1]):
+        recalled = torch.einsum("bhk,bhkv->bhv", b[:, t], state)
+        state = g[:, t].exp().unsqueeze(-1) * state
+        state = state + torch.einsum("bhk,bhv->bhkv", a[:, t], recalled)
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state) * scale)
+    return torch.stack(outputs, 1)

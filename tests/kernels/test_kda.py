@@ -184,7 +184,8 @@ def test_low_precision_inputs_are_computed_in_fp32():
     ("change", "message"),
     [
         ({"v": torch.zeros(1, 3, 2, 6)}, "v must be"),
-        ({"k": torch.zeros(1, 4, 2, 5)}, "q, k and g"),
+        ({"k": torch.zeros(1, 4, 2, 5)}, "q and k must"),
+        ({"g": torch.zeros(1, 4, 2, 5)}, "g must be"),
         ({"initial_state": torch.zeros(2, 2, 8, 6)}, "initial_state must be"),
         ({"cu_seqlens": torch.tensor([0, 2, 5])}, "cu_seqlens"),
         ({"gate_lower_bound": 1.0}, "gate_lower_bound must be negative"),

@@ -73,6 +73,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", metavar="RUN")
     command.set_defaults(run=run_report)
 
+    command = commands.add_parser("verify", help="grade a file of responses, or serve a verifier over HTTP")
+    work = command.add_mutually_exclusive_group(required=True)
+    work.add_argument("--data", nargs="+", metavar="FILE", help=".jsonl rows: gold, pred or response, expected, meta")
+    work.add_argument("--serve", action="store_true", help="answer OpenRLHF's reward requests at /get_reward")
+    command.add_argument("--verifier", default="math", metavar="NAME", help="as in a job file (default: math)")
+    command.add_argument(
+        "--option", dest="options", metavar="KEY=VALUE", action="append", default=[], help="of the verifier; repeatable"
+    )
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    command.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds for a row (default: 5)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--show-errors", action="store_true", help="list wrong verdicts and rows that gave none")
+    command.add_argument("--host", default="127.0.0.1", help="address to serve at (default: 127.0.0.1, this machine)")
+    command.add_argument("--port", type=int, default=5000, help="port to serve at (default: 5000; 0: a free one)")
+    command.set_defaults(run=run_verify)
+
     command = commands.add_parser("verifiers", help="list the verifiers that are found, and from where")
     command.set_defaults(run=run_verifiers)
 
@@ -151,6 +167,18 @@ def run_report(args: argparse.Namespace) -> int:
     from deltarl.rl.report import write_report
 
     print(write_report(Path(args.run_folder)))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """`deltarl verify`."""
+    from deltarl.rl.verify import read_options, serve, verify
+
+    options = read_options(args.options)
+    pool = {"workers": args.workers, "timeout": args.timeout}
+    if args.serve:
+        return serve(args.verifier, options, **pool, address=args.host, port=args.port)
+    verify(args.data, args.verifier, options, **pool, as_json=args.json, show_errors=args.show_errors)
     return 0
 
 

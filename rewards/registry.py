@@ -22,6 +22,7 @@ BUILT_IN = {
     "numeric": "deltarl.rewards.simple:NumericVerifier",
     "format": "deltarl.rewards.format:FormatVerifier",
     "length": "deltarl.rewards.length:LengthVerifier",
+    "multiple_choice": "deltarl.rewards.choice:MultipleChoiceVerifier",
     "combine": "deltarl.rewards.combine:CombineVerifier",
 }
 

@@ -3,6 +3,8 @@
 import math
 from fractions import Fraction
 
+from deltarl.rewards.math.budget import fraction_price, spend
+
 
 def exact_root(value: Fraction, degree: int) -> Fraction | None:
     """The rational root of a rational number >= 0, None where it is irrational."""
@@ -20,11 +22,18 @@ def integer_root(number: int, degree: int) -> int | None:
         return number
     if number.bit_length() <= degree:
         return None
-    root, following = 0, 1 << (number.bit_length() // degree + 1)
-    while root == 0 or following < root:
+    spend(10 * fraction_price(number.bit_length()))
+    root = _above_root(number, degree)
+    while (following := ((degree - 1) * root + number // root ** (degree - 1)) // degree) < root:
         root = following
-        following = ((degree - 1) * root + number // root ** (degree - 1)) // degree
     return root if root**degree == number else None
+
+
+def _above_root(number: int, degree: int) -> int:
+    """A little more than the root, from its logarithm: Newton's steps from there are few."""
+    log = math.log2(number) / degree
+    shift = max(0, int(log) - 52)
+    return int(2 ** (log - shift) * (1 + 2**-30)) + 2 << shift
 
 
 def hash_number(text: str) -> int:

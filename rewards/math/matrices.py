@@ -3,11 +3,12 @@
 from fractions import Fraction
 
 from deltarl.rewards.math.lexer import LimitError, ParseError
-from deltarl.rewards.math.nodes import Node
+from deltarl.rewards.math.nodes import Node, check_depth, parts
 
 MAX_CELLS = 900
 MAX_PRODUCTS = 2000
 MAX_FACTORS = 5
+MAX_PARTS = 20_000
 
 
 def folded(node: Node) -> Node:
@@ -27,6 +28,7 @@ def folded(node: Node) -> Node:
         total = folded(node[1][0])
         for term in node[1][1:]:
             total = _added(total, folded(term))
+        check_depth(total)
         return total
     if node[0] == "mul":
         if len(node[1]) > MAX_FACTORS:
@@ -53,6 +55,8 @@ def _holds_matrix(node: Node) -> bool:
 def _scaled(factor: Node, matrix: Node) -> Node:
     if matrix[0] != "matrix":
         raise ParseError("a matrix where a number belongs")
+    rows, columns = _shape(matrix)
+    _check_parts(rows * columns * parts(factor) + 2 * parts(matrix))
     return ("matrix", tuple(tuple(("mul", (factor, cell)) for cell in row) for row in matrix[1]))
 
 
@@ -77,12 +81,18 @@ def _multiplied(left: Node, right: Node) -> Node:
         raise ParseError("a product of matrices whose shapes do not fit")
     if rows * inner * columns > MAX_PRODUCTS:
         raise LimitError("a product of matrices past the bound")
+    _check_parts(columns * parts(left) + rows * parts(right))
     transposed = list(zip(*right[1], strict=True))
     return ("matrix", tuple(tuple(_inner(row, column) for column in transposed) for row in left[1]))
 
 
 def _inner(row: tuple[Node, ...], column: tuple[Node, ...]) -> Node:
     return ("add", tuple(("mul", pair) for pair in zip(row, column, strict=True)))
+
+
+def _check_parts(count: int) -> None:
+    if count > MAX_PARTS:
+        raise LimitError(f"a matrix of more than {MAX_PARTS} parts")
 
 
 def _shape(matrix: Node) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from deltarl.rewards.math.lexer import LimitError, ParseError
 Node = tuple[Any, ...]
 
 MAX_EXPONENT_10 = 2000
+MAX_TREE_DEPTH = 150
 CONSTANT_NAMES = frozenset(("e", "i", "pi", "oo"))
 
 
@@ -35,6 +36,21 @@ def names(node: Node) -> frozenset[str]:
         if isinstance(part, tuple) and part:
             found |= names(part)
     return found
+
+
+def parts(node: Node) -> int:
+    """How many tuples a tree is made of, those that stand in it more than once counted each time."""
+    return 1 + sum(parts(part) for part in node if isinstance(part, tuple))
+
+
+def check_depth(node: Node) -> None:
+    """Raises LimitError for a tree that walks by recursion would not get to the bottom of."""
+    level, depth = [node], 0
+    while level:
+        depth += 1
+        if depth > MAX_TREE_DEPTH:
+            raise LimitError(f"a tree deeper than {MAX_TREE_DEPTH}")
+        level = [part for parent in level for part in parent if isinstance(part, tuple)]
 
 
 def uses(node: Node, name: str) -> bool:

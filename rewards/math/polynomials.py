@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from fractions import Fraction
 
+from deltarl.rewards.math.budget import fraction_price, spend
 from deltarl.rewards.math.evaluate import FIRST_PRECISION, Evaluator, NotANumber, Undefined
 from deltarl.rewards.math.lexer import LimitError
 from deltarl.rewards.math.nodes import CONSTANT_NAMES, Node, names
@@ -111,6 +112,7 @@ def _added(left: Quotient, right: Quotient) -> Quotient:
 
 
 def _sum(left: Polynomial, right: Polynomial) -> Polynomial:
+    spend(len(right) * fraction_price(max(_bits(left), _bits(right))))
     result = dict(left)
     for monomial, factor in right.items():
         result[monomial] = result.get(monomial, 0) + factor
@@ -120,6 +122,7 @@ def _sum(left: Polynomial, right: Polynomial) -> Polynomial:
 def _product(left: Polynomial, right: Polynomial) -> Polynomial:
     if len(left) * len(right) > MAX_TERMS**2:
         raise LimitError(f"a product of {len(left)} by {len(right)} terms")
+    spend(len(left) * len(right) * 2 * fraction_price(max(_bits(left), _bits(right))))
     result: Polynomial = {}
     for a, x in left.items():
         for b, y in right.items():
@@ -141,6 +144,10 @@ def _bounded(polynomial: Polynomial) -> Polynomial:
     kept = {monomial: factor for monomial, factor in polynomial.items() if factor}
     if len(kept) > MAX_TERMS:
         raise LimitError(f"a polynomial of {len(kept)} terms, limit {MAX_TERMS}")
-    if any(max(f.numerator.bit_length(), f.denominator.bit_length()) > MAX_BITS for f in kept.values()):
+    if _bits(kept) > MAX_BITS:
         raise LimitError(f"a coefficient of more than {MAX_BITS} bits")
     return kept
+
+
+def _bits(polynomial: Polynomial) -> int:
+    return max((max(f.numerator.bit_length(), f.denominator.bit_length()) for f in polynomial.values()), default=0)

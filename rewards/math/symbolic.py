@@ -2,16 +2,18 @@
 
 Sympy expressions are built node by node from our own trees, never from text, and sympy is imported by the first tree
 that needs it (about half a second, once in a process). What it is asked is bounded beforehand in nodes, digits,
-exponents and ranges; what remains to chance within the bounds is left to the caller's deadline.
+exponents and ranges, and while it works every call inside of it is paid for from the answer's budget.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
-from deltarl.rewards.math.evaluate import FIRST_PRECISION, Evaluator
+from deltarl.rewards.math.budget import paid_by_the_call, spend
+from deltarl.rewards.math.evaluate import FIRST_PRECISION, Evaluator, NotANumber, Undefined
 from deltarl.rewards.math.lexer import LimitError, ParseError
-from deltarl.rewards.math.nodes import Node, names, substituted, uses
+from deltarl.rewards.math.nodes import Node, names, parts, substituted, uses
 from deltarl.rewards.math.polynomials import quotient
 from deltarl.rewards.math.sympy_trees import Assumption, Expression, SympyBuilder, to_node
 
@@ -19,7 +21,7 @@ MAX_PARTS = 250
 MAX_SIMPLIFIED = 120
 MAX_OPERAND_PARTS = 60
 MAX_OPERATORS = 4
-MAX_WRITTEN_PARTS = 50_000
+PART_PRICE = 6
 
 OPERATORS = ("sum", "prod", "int", "lim", "diff")
 FAILURES = (NotImplementedError, ValueError, TypeError, ArithmeticError, AttributeError)
@@ -44,11 +46,6 @@ def evaluated(node: Node) -> Node:
 
 
 class _Evaluation:
-    """written: the parts of the ranges written out so far, those inside of one another multiplied."""
-
-    def __init__(self) -> None:
-        self.written = 0
-
     def value(self, node: Node) -> Node:
         if not holds_operator(node):
             return node
@@ -74,23 +71,35 @@ class _Evaluation:
         count = int(last - first) + 1
         if count < 1:
             return ("num", Fraction(kind == "prod"), 0)
-        self.written += count * _parts(body)
-        if self.written > MAX_WRITTEN_PARTS:
-            raise LimitError(f"ranges of more than {MAX_WRITTEN_PARTS} parts")
+        spend(PART_PRICE * count * parts(body))
         terms = [substituted(body, {name: ("num", first + k, 0)}) for k in range(count)]
         return ("add" if kind == "sum" else "mul", tuple(self.value(term) for term in terms))
 
 
 def _closed_form(node: Node) -> Node:
     _check_size(node, MAX_OPERAND_PARTS)
+    _check_values_at_ends(node)
     builder = SympyBuilder("real")
     try:
-        value = builder.build(node).doit(manual=True)
-        return to_node(_generic_branches(builder.sympy, value))
+        with paid_by_the_call():
+            value = builder.build(node).doit(manual=True)
+            return to_node(_generic_branches(builder.sympy, value))
     except FAILURES as error:
         if isinstance(error, LimitError):
             raise
         raise NoClosedForm(f"no closed form: {error}") from error
+
+
+def _check_values_at_ends(node: Node) -> None:
+    """Raises LimitError where an end put in for the bound name makes too large a number, as 40 does in 2^{2^x}."""
+    _, body, name, *rest = node
+    for end in rest:
+        if isinstance(end, tuple) and not (names(end) or uses(end, "oo")):
+            value = Evaluator({}, FIRST_PRECISION, real=False).value(end)
+            point = Fraction(int(value.real) if not isinstance(value, Fraction) else value)
+            environment = dict.fromkeys(names(body) - {name[1]}, Fraction(1)) | {name[1]: point}
+            with suppress(Undefined, NotANumber):
+                Evaluator(environment, FIRST_PRECISION, real=False).value(body)
 
 
 def _generic_branches(sympy: Any, value: Expression) -> Expression:
@@ -114,9 +123,10 @@ def proves_equal(left: Node, right: Node, *assumptions: Assumption) -> bool:
     for assumption in assumptions:
         builder = SympyBuilder(assumption)
         try:
-            difference = builder.build(left) - builder.build(right)
-            if any(form == 0 for form in _forms(builder.sympy, difference)):
-                return True
+            with paid_by_the_call():
+                difference = builder.build(left) - builder.build(right)
+                if any(form == 0 for form in _forms(builder.sympy, difference)):
+                    return True
         except FAILURES as error:
             if isinstance(error, LimitError):
                 raise
@@ -188,12 +198,13 @@ def same_zeros(left: Node, right: Node) -> bool:
     builder = SympyBuilder("real")
     sympy = builder.sympy
     try:
-        (top, bottom), (other, below) = (
-            sympy.fraction(sympy.cancel(sympy.together(builder.build(node)))) for node in (left, right)
-        )
-        if other == 0 or top == 0 or not sympy.cancel(top / other).is_number:
-            return False
-        return sympy.cancel(bottom / below).is_number or all(_apart(sympy, top, b) for b in (bottom, below))
+        with paid_by_the_call():
+            (top, bottom), (other, below) = (
+                sympy.fraction(sympy.cancel(sympy.together(builder.build(node)))) for node in (left, right)
+            )
+            if other == 0 or top == 0 or not sympy.cancel(top / other).is_number:
+                return False
+            return sympy.cancel(bottom / below).is_number or all(_apart(sympy, top, b) for b in (bottom, below))
     except (*FAILURES, sympy.PolynomialError) as error:
         if isinstance(error, LimitError):
             raise
@@ -209,12 +220,8 @@ def _apart(sympy: Any, numerator: Expression, denominator: Expression) -> bool:
 
 
 def _check_size(node: Node, limit: int) -> None:
-    if _parts(node) > limit:
-        raise LimitError(f"a symbolic expression of {_parts(node)} parts, limit {limit}")
-
-
-def _parts(node: Node) -> int:
-    return 1 + sum(_parts(part) for part in node if isinstance(part, tuple))
+    if parts(node) > limit:
+        raise LimitError(f"a symbolic expression of {parts(node)} parts, limit {limit}")
 
 
 def _operators(node: Node) -> int:

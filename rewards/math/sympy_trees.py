@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal
 
 from deltarl.rewards.math.evaluate import NotANumber, Undefined
@@ -11,6 +12,7 @@ from deltarl.rewards.math.nodes import Node
 MAX_NUMBER = 10**15
 MAX_EXPONENT = 64
 MAX_FACTORIAL = 100
+MAX_BITS = 4096
 
 TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc")
 FUNCTIONS = {
@@ -25,17 +27,31 @@ Assumption = Literal["real", "positive", "integer"]
 Expression = Any  # a sympy.Expr
 
 
+@lru_cache(maxsize=1)
+def load_sympy() -> Any:
+    """Sympy with what it imports and sets up at first use: about a second, once in a process, paid for by no answer."""
+    import sympy
+    import sympy.integrals.heurisch
+    import sympy.integrals.manualintegrate
+    import sympy.integrals.risch
+    import sympy.physics.units.systems.si
+
+    x = sympy.Symbol("x", real=True)
+    sympy.simplify(sympy.sin(x) ** 2 + 2**x - sympy.sqrt(x + 1) / (sympy.Abs(x) + 1) + sympy.Max(x, 1))
+    sympy.Integral(x * sympy.exp(-x), (x, 0, sympy.oo)).doit(manual=True)
+    sympy.Sum(2**-x, (x, 0, sympy.oo)).doit()
+    return sympy
+
+
 class SympyBuilder:
     """Builds sympy expressions whose free names are real, positive or integer.
 
-    Raises NotANumber for what is no scalar, LimitError past MAX_NUMBER, MAX_EXPONENT or MAX_FACTORIAL, Undefined for
-    a value that does not exist.
+    Raises NotANumber for what is no scalar, LimitError past MAX_NUMBER, MAX_EXPONENT, MAX_FACTORIAL or MAX_BITS,
+    Undefined for a value that does not exist.
     """
 
     def __init__(self, names: Assumption) -> None:
-        import sympy
-
-        self.sympy = sympy
+        self.sympy = load_sympy()
         self.names = names
         self.bound: dict[str, Expression] = {}
 
@@ -46,6 +62,9 @@ class SympyBuilder:
         value = handler(self, node)
         if value is self.sympy.zoo or value is self.sympy.nan:
             raise Undefined("division by zero")
+        factor = value.as_coeff_Mul()[0]
+        if factor.is_Rational and max(factor.p.bit_length(), factor.q.bit_length()) > MAX_BITS:
+            raise LimitError(f"a factor of more than {MAX_BITS} bits in a symbolic expression")
         return value
 
     def operator(self, node: Node) -> Expression:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from deltarl.rewards.math import extract
+from deltarl.rewards.math.budget import allowance
 from deltarl.rewards.math.choices import chosen_in, letter_of, letters, settled_on
 from deltarl.rewards.math.compare import Conflict, equivalent, split_label
 from deltarl.rewards.math.lexer import LimitError, ParseError, clean, has_thousands
@@ -16,6 +17,7 @@ from deltarl.rewards.math.operators import Unevaluated
 from deltarl.rewards.math.parser import parse
 from deltarl.rewards.math.scalars import Rules
 from deltarl.rewards.math.symbolic import holds_operator
+from deltarl.rewards.math.sympy_trees import load_sympy
 from deltarl.rewards.types import Verdict
 
 Extraction = Literal["strict", "anchored", "lenient"]
@@ -52,7 +54,8 @@ class MathVerifier:
 
     Numbers, sets, tuples and quotients of polynomials are compared exactly and other constants to a precision past
     every size in them. Other expressions with names must agree at probe points and then be proved equal by sympy, which
-    is imported by the first answer that needs it (about half a second in each process) and by no numeric one.
+    warm_up() loads, and without it the first answer that needs it. The work that one answer costs is counted and
+    bounded (budget.py): more is status "limit", on a slow machine as on a fast one.
 
     extraction: "strict" takes the last \\boxed{} alone; "anchored" then "the final answer is", then `####`, then a
     response that is nothing but an answer; "lenient" then the last math span and the last number.
@@ -85,6 +88,8 @@ class MathVerifier:
         self.rules = Rules(precision, percent == "either", require_evaluated)
 
     def warm_up(self) -> None:
+        """Loads sympy, which takes longer than a deadline may be."""
+        load_sympy()
         self.verify("\\boxed{\\sqrt{2}}", "2^{1/2}", meta={})
 
     def check_gold(self, gold: str | Sequence[str]) -> str | None:
@@ -113,9 +118,10 @@ class MathVerifier:
         if answer.limit:
             return Verdict(0.0, "limit", answer.text[:MAX_ANSWER_CHARS], {"reason": answer.problem})
         try:
-            if any(self.same(gold, answer) for gold in golds):
-                return Verdict(1.0, "correct", answer.text)
-        except LimitError as error:
+            with allowance():
+                if any(self.same(gold, answer) for gold in golds):
+                    return Verdict(1.0, "correct", answer.text)
+        except (LimitError, RecursionError) as error:
             return Verdict(0.0, "limit", answer.text, {"reason": str(error)})
         except Conflict as error:
             return Verdict(0.0, "incorrect", answer.text, {"reason": str(error)})
@@ -175,9 +181,10 @@ def read_gold(text: str) -> Reading:
     )
     if reading.trees:
         try:
-            for tree in reading.trees:
-                if not holds_operator(tree):
-                    split_label(tree)
+            with allowance():
+                for tree in reading.trees:
+                    if not holds_operator(tree):
+                        split_label(tree)
         except (Conflict, ParseError, LimitError, ArithmeticError) as error:
             return replace(reading, problem=str(error))
         return replace(reading, problem=None)

@@ -158,7 +158,6 @@ PLAIN = """
 import sys
 from deltarl.rewards.math import MathVerifier
 verifier = MathVerifier()
-verifier.warm_up()
 pairs = [("72", "72"), ("1,234", "1234"), ("2/3", "0.6667"), ("28\\\\%", "28"), ("\\\\sqrt8", "2\\\\sqrt2"),
          ("5050", "\\\\sum_{k=1}^{100} k"), ("(a+b)^2", "a^2+2ab+b^2"), ("7", "x=3+5"), ("1", "\\\\sin x")]
 for gold, answer in pairs:

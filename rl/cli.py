@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from deltarl import __version__
+from deltarl.rl import bench
 from deltarl.rl.errors import UserError
 from deltarl.rl.interrupt import Interrupted
 
@@ -91,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verifiers", help="list the verifiers that are found, and from where")
     command.set_defaults(run=run_verifiers)
+
+    bench.add_parser(commands)
 
     command = commands.add_parser("doctor", help="check what is installed, and say how to close each gap")
     command.set_defaults(run=run_doctor)

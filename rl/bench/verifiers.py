@@ -1,0 +1,273 @@
+"""`deltarl bench verifiers`: the math verifier beside math-verify, in one run.
+
+Speed on worked solutions, in one process and through the host; accuracy on labelled cases; what hostile responses do.
+"""
+
+import importlib.util
+import json
+import multiprocessing
+import platform
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from deltarl.rewards import VerifierHost, VerifierSpec, load_verifier
+from deltarl.rewards.host import Item
+from deltarl.rl.bench.hostile import Hostile, hostile_cases
+from deltarl.rl.errors import UserError
+
+OURS = VerifierSpec("math")
+OURS_LENIENT = VerifierSpec("math", {"extraction": "lenient"})
+PEER = VerifierSpec("deltarl.rl.bench.peer:MathVerify")
+REPEATS = 3
+HOST_COPIES = 20, 2  # of the solutions, ours and peer: the faster one, too, then runs for a second or so
+CASE_SECONDS = 10.0
+HOSTILE_SECONDS = 1.0
+WARM_UP = (
+    "7",
+    "\\frac{1}{2}",
+    "\\sqrt{2}",
+    "(1, 2)",
+    "[0, 1)",
+    "\\{1, 2\\}",
+    "x = 5",
+    "\\sin^2 x + \\cos^2 x",
+    "x + y",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """One labelled response; kind: what it is counted under."""
+
+    kind: str
+    response: str
+    gold: str | list[str]
+    expected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measure, ours and the peer's.
+
+    unit: "per second" (more is better), or what is counted among `of` responses (fewer is better); ratio: ours / peer,
+    of speeds. ours_are, peer_are: the names of the hostile responses counted.
+    """
+
+    case: str
+    unit: str
+    of: int
+    ours: float
+    peer: float
+    ratio: float | None = None
+    ours_are: Sequence[str] = ()
+    peer_are: Sequence[str] = ()
+
+
+def bench(data: str | None, cases: Sequence[str], workers: int, *, as_json: bool) -> None:
+    """Prints a table, or one JSON object with `rows`. Raises UserError for input that cannot be used."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("math-verify, the peer of this bench, is not installed: pip install 'math-verify==0.9.*'")
+    if workers < 1:
+        raise UserError(f"--workers is {workers}: give at least 1")
+    solutions = read_solutions([Path(data) if data else files("deltarl.rl.bench") / "data" / "responses.jsonl"])
+    labelled = read_solutions(sorted(file for path in map(Path, cases) for file in case_files(path)))
+
+    rows = [
+        *speed_rows(solutions),
+        *host_rows(solutions, workers),
+        *accuracy_rows([*solutions, *labelled], workers),
+        *hostile_rows(hostile_cases()),
+    ]
+    if as_json:
+        print(json.dumps({**about(), "rows": [asdict(row) for row in rows]}))
+    else:
+        print_table(rows)
+
+
+def about() -> dict[str, str]:
+    """Where and with what the numbers were taken."""
+    return {
+        "date": date.today().isoformat(),
+        "device": cpu_model(),
+        "python": platform.python_version(),
+        "deltarl": version("deltarl"),
+        "math-verify": version("math-verify"),
+        "gmpy2": version("gmpy2") if importlib.util.find_spec("gmpy2") else "none",
+    }
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}" if models else platform.machine()
+
+
+def case_files(path: Path) -> list[Path]:
+    """The .jsonl files of a folder, or the file itself. Raises UserError."""
+    found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"--cases {path} holds no .jsonl file: give labelled cases with gold, pred and expected")
+    return found
+
+
+def read_solutions(paths: Iterable[Any]) -> list[Solution]:
+    """Rows of .jsonl files: gold, response (or pred) and expected; `kind` or `suite` names what they are counted under.
+
+    Rows whose gold is not mathematics but a program's object (`gold_format`) are left out. Raises UserError.
+    """
+    solutions = []
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"no file {path}: give a .jsonl file with gold, response and expected")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                if "gold_format" in row:
+                    continue
+                response = row["response"] if "response" in row else row["pred"]
+                kind = row.get("kind") or row.get("suite") or path.name
+                solutions.append(Solution(kind, response, row["gold"] or [], bool(row["expected"])))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{path}, line {number}: {type(error).__name__} {error}; give gold, response and expected"
+                ) from error
+    return solutions
+
+
+def speed_rows(solutions: Sequence[Solution]) -> list[Row]:
+    """Solutions a second in one process, all and by kind: the best of a few passes, each in a fresh process."""
+    best = []
+    for spec in (OURS, PEER):
+        say(f"speed of {spec.name} in one process")
+        passes = [in_fresh_process(pass_seconds, spec, solutions) for _ in range(REPEATS)]
+        best.append({kind: min(seconds[kind] for seconds in passes) for kind in passes[0]})
+        best[-1]["all"] = min(sum(seconds.values()) for seconds in passes)
+    counts = Counter(solution.kind for solution in solutions) | {"all": len(solutions)}
+    return [
+        speed_row(f"one process, {kind}", counts[kind], counts[kind] / best[0][kind], counts[kind] / best[1][kind])
+        for kind in ("all", *dict.fromkeys(solution.kind for solution in solutions))
+    ]
+
+
+def pass_seconds(spec: VerifierSpec, solutions: Sequence[Solution]) -> dict[str, float]:
+    """Seconds by kind of one pass in which every gold is new, and nothing has to be imported any more."""
+    verifier = load_verifier(spec)
+    for answer in WARM_UP:
+        verifier.verify(f"\\boxed{{{answer}}}", "\\tan x", meta={})
+        verifier.verify(f"\\boxed{{{answer}}}", f"0 + {answer}", meta={})
+    by_kind = defaultdict(list)
+    for solution in solutions:
+        by_kind[solution.kind].append(solution)
+    seconds = {}
+    for kind, group in by_kind.items():
+        start = time.perf_counter()
+        for solution in group:
+            verifier.verify(solution.response, solution.gold, meta={})
+        seconds[kind] = time.perf_counter() - start
+    return seconds
+
+
+def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def host_rows(solutions: Sequence[Solution], workers: int) -> list[Row]:
+    """Solutions a second through the host, for 1, 2, 4 … workers."""
+    items = [(solution.response, solution.gold, None) for solution in solutions]
+    counts = sorted({workers, *(2**power for power in range(workers.bit_length() - 1))})
+    rows = []
+    for count in counts:
+        say(f"speed through the host, {count} worker{'s' * (count > 1)}")
+        speeds = [
+            host_speed(spec, items * copies, count) for spec, copies in zip((OURS, PEER), HOST_COPIES, strict=True)
+        ]
+        rows.append(speed_row(f"host, {count} worker{'s' * (count > 1)}", len(items), *speeds))
+    return rows
+
+
+def host_speed(spec: VerifierSpec, items: Sequence[Item], workers: int) -> float:
+    with VerifierHost(spec, workers) as host:
+        host.verify(items[: 100 * workers])
+        start = time.perf_counter()
+        host.verify(items)
+        return len(items) / (time.perf_counter() - start)
+
+
+def speed_row(case: str, of: int, ours: float, peer: float) -> Row:
+    return Row(f"speed, {case}", "per second", of, ours, peer, ours / peer)
+
+
+def accuracy_rows(solutions: Sequence[Solution], workers: int) -> list[Row]:
+    """False positives and false negatives by kind; ours reads as math-verify does, the last answer of any form."""
+    ours, peer = [wrong_verdicts(spec, solutions, workers) for spec in (OURS_LENIENT, PEER)]
+    labels = Counter((solution.kind, solution.expected) for solution in solutions)
+    return [
+        Row(f"accuracy, {kind}", unit, labels[kind, expected], ours[kind, expected], peer[kind, expected])
+        for kind in dict.fromkeys(solution.kind for solution in solutions)
+        for unit, expected in (("false positives", False), ("false negatives", True))
+    ]
+
+
+def wrong_verdicts(spec: VerifierSpec, solutions: Sequence[Solution], workers: int) -> Counter[tuple[str, bool]]:
+    """How often a verdict is not the one expected, by (kind, expected)."""
+    say(f"accuracy of {spec.name}")
+    with VerifierHost(spec, workers, timeout=CASE_SECONDS) as host:
+        verdicts = host.verify([(solution.response, solution.gold, None) for solution in solutions])
+    return Counter(
+        (solution.kind, solution.expected)
+        for solution, verdict in zip(solutions, verdicts, strict=True)
+        if (verdict.status == "correct") != solution.expected
+    )
+
+
+def hostile_rows(cases: Sequence[Hostile]) -> list[Row]:
+    """Late answers, wrong positives and lost processes."""
+    found = []
+    for spec in (OURS, PEER):
+        say(f"hostile responses to {spec.name}")
+        found.append(hostile_names(spec, cases))
+    return [
+        Row("hostile", unit, len(cases), len(ours), len(peers), ours_are=ours, peer_are=peers)
+        for unit, ours, peers in zip(("late", "wrong positives", "processes lost"), *found, strict=True)
+    ]
+
+
+def hostile_names(spec: VerifierSpec, cases: Sequence[Hostile]) -> tuple[list[str], list[str], list[str]]:
+    """The names of the cases not answered in time, of those taken for correct, and of those that cost their process."""
+    late, positive, lost = [], [], []
+    with VerifierHost(spec, timeout=HOSTILE_SECONDS) as host:
+        for case in cases:
+            before = host.worker_pids()
+            (verdict,) = host.verify([(case.response, case.gold, None)])
+            after = host.worker_pids()
+            if verdict.status == "timeout":
+                late.append(case.name)
+            if verdict.status == "correct":
+                positive.append(case.name)
+            if not after or (before and after != before):
+                lost.append(case.name)
+    return late, positive, lost
+
+
+def say(stage: str) -> None:
+    print(f"{stage} …", file=sys.stderr, flush=True)
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    width = max(len(row.case) for row in rows)
+    print("  ".join(f"{key} {value}" for key, value in about().items()))
+    print(f"{'':{width}}  {'':15}  {'of':>5}  {'ours':>9}  {'math-verify':>11}  ratio")
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:5.1f}"
+        print(f"{row.case:{width}}  {row.unit:15}  {row.of:5}  {row.ours:9.0f}  {row.peer:11.0f}  {ratio}".rstrip())

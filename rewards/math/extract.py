@@ -1,4 +1,8 @@
-"""The answer that a response states, found by anchors and never by guessing inside of the reasoning."""
+"""The answer that a response states, found by anchors and never by guessing inside of the reasoning.
+
+A response may be a megabyte of anything: every search here takes time in proportion to its length. No two repeats of
+one pattern may share characters, and no span is looked for from a start that another start follows.
+"""
 
 import re
 
@@ -12,14 +16,16 @@ NEAR_BOXES = re.compile(r"\s*(?:\w+\s+){0,2}(?:and|or|,)\s*")
 LABEL_BEFORE_BOX = re.compile(r"(?<![A-Za-z0-9\\{}])(?P<label>[A-Za-z](?:_\w|_\{\w{1,3}\})?)\s*=\s*\$?\s*$")
 PHRASE = re.compile(
     r"(?:\bfinal\s+answer|\banswer|\bfinal\s+result|\bresult|\bsolutions?|\u7b54\u6848|\br\xe9ponse)\s*"
-    r"(?P<joint>\*{0,2}\s*(?:is\b|are\b|est\b|=|:|\uff1a|\u662f|\u4e3a)[\s:*]*(?:\bis\b\s*|\btherefore\b,?\s*|\bequals?\b\s*|:)?)",
+    r"(?:\*{1,2}\s*)?(?:is\b|are\b|est\b|=|:|\uff1a|\u662f|\u4e3a)[\s:*]*(?:\bis\b\s*|\btherefore\b,?\s*|\bequals?\b\s*|:)?",
     re.IGNORECASE,
 )
 HASHES = re.compile(r"####[ \t]*(?P<answer>[^\n]+)")
-MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$]+?)(?<!\\)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
+MATH_SPAN = re.compile(
+    r"\$\$(.+?)\$\$|(?<!\\)\$([^$]+?)(?<!\\)\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)", re.DOTALL
+)
 SENTENCE_END = re.compile(r"(?<=[^\d\s])\.(?=\s|$)|(?<=\d)\.(?=\s|$)|\n\n|\n(?=[A-Z])|<\|")
 NUMBER_AT_START = re.compile(
-    r"[-+]?\s*[$€£]?\s*(?:\d[\d,]*(?:\.\d+)?(?:\s+\d+/\d+|/\d+)?|\.\d+)\s*(?:%|\\%)?(?=$|[\s.,;:)])"
+    r"[-+]?\s*(?:[$€£]\s*)?(?:\d[\d,]*(?:\.\d+)?(?:\s+\d+/\d+|/\d+)?|\.\d+)\s*(?:%|\\%)?(?=$|[\s.,;:)])"
 )
 DIGIT = re.compile(r"\d")
 NUMBER = re.compile(
@@ -31,6 +37,7 @@ TITLE = re.compile(r"[A-Za-z]{2,}\s*:\s")
 THAT_IS = re.compile(r".*(?:(?:\bis|\bare|\bequals)\s+|[\u662f\u4e3a]\s*)(?=\S)", re.DOTALL)
 HAN = re.compile(r"[\u4e00-\u9fff]")
 MAX_WORDS = 3
+MAX_LABEL_CHARS = 40
 MAX_STATEMENT_CHARS = 2000
 MAX_BARE_CHARS = 400
 MAX_BOXES = 50
@@ -40,7 +47,8 @@ def without_thoughts(response: str) -> str:
     """The response without its <think> blocks; empty when a block is still open at the end."""
     if "think" not in response and "REASONING" not in response:
         return response
-    text = THOUGHT.sub("", response)
+    closed = max(response.rfind("</think>"), response.rfind("</thinking>")) + len("</thinking>")
+    text = THOUGHT.sub("", response[:closed]) + response[closed:]
     ends = list(THOUGHT_END.finditer(text))
     text = text[ends[-1].end() :] if ends else text
     start = THOUGHT_START.search(text)
@@ -79,7 +87,8 @@ def boxed(text: str) -> str | None:
 
 def _without_label(before: str) -> tuple[str, str]:
     """What stands before a box, without the `y_2 =` at its end, and that label."""
-    found = LABEL_BEFORE_BOX.search(before)
+    start = max(0, len(before) - MAX_LABEL_CHARS)
+    found = LABEL_BEFORE_BOX.search(before, start)
     return (before[: found.start()], found["label"]) if found else (before, "")
 
 

@@ -186,15 +186,22 @@ def read_row(line: bytes, where: str, key: str | None) -> Row:
     expected = values.get("expected")
     if expected not in (None, True, False):
         raise UserError(f"{where}: expected is {expected!a:.40}: use true or false")
-    meta = values.get("meta") or {}
-    if not isinstance(meta, dict):
-        raise UserError(f"{where}: meta is not an object")
-    if values.get("finish_reason") == "length":
-        meta = {**meta, "truncated": True}
+    meta = read_meta(values, where)
     response = values[key] if isinstance(values[key], str) else json.dumps(values[key])
     return Row(
         where, key, (response, read_gold(values.get("gold"), where), meta), None if expected is None else bool(expected)
     )
+
+
+def read_meta(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The row's meta, and what a trace knows of it besides. Raises UserError."""
+    meta = values.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise UserError(f"{where}: meta is not an object")
+    of_trace = {"n_tokens": values["n_tokens"]} if "n_tokens" in values else {}
+    if "finish_reason" in values:
+        of_trace["truncated"] = values["finish_reason"] == "length"
+    return of_trace | meta
 
 
 def read_gold(gold: Any, where: str) -> str | list[str]:

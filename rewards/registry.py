@@ -20,6 +20,7 @@ BUILT_IN = {
     "math": "deltarl.rewards.math:MathVerifier",
     "exact": "deltarl.rewards.simple:ExactVerifier",
     "numeric": "deltarl.rewards.simple:NumericVerifier",
+    "code": "deltarl.rewards.code:CodeVerifier",
     "format": "deltarl.rewards.format:FormatVerifier",
     "length": "deltarl.rewards.length:LengthVerifier",
     "multiple_choice": "deltarl.rewards.choice:MultipleChoiceVerifier",

@@ -4,8 +4,9 @@ from abc import abstractmethod
 from fractions import Fraction
 
 from deltarl.rewards.math.lexer import LimitError, ParseError, Token
-from deltarl.rewards.math.nodes import Node, apply, flat_name, literal_node, product
+from deltarl.rewards.math.nodes import Node, apply, as_list, flat_name, literal_node, product
 from deltarl.rewards.math.operators import UNEVALUATED, Operators
+from deltarl.rewards.math.wording import meaning
 
 MAX_DEPTH = 40
 ACCENTS = frozenset(
@@ -25,8 +26,9 @@ ACCENTS = frozenset(
         "underline",
     ]
 )
-CALL_NAMES = frozenset("fghFGHWPQTN")
-CLOSERS = {"(": (")", "]"), "[": ("]", ")"), "{": ("}",), "\\{": ("\\}",)}
+CALL_NAMES = frozenset("fghFGHWPQTNC")
+CLOSING_CORNERS = {"lfloor": "rfloor", "lceil": "rceil", "llcorner": "lrcorner", "ulcorner": "urcorner"}
+CLOSERS = {"langle": ("rangle",), "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "\\{": ("\\}",)}
 
 
 class Atoms(Operators):
@@ -42,6 +44,9 @@ class Atoms(Operators):
 
     @abstractmethod
     def power(self) -> Node: ...
+
+    @abstractmethod
+    def whole(self) -> Node: ...
 
     def argument(self) -> Node:
         """A braced group, or the one token that TeX would take."""
@@ -77,6 +82,8 @@ class Atoms(Operators):
             node = self.bracket(value)
         elif value == "|":
             node = self.absolute()
+        elif value == "^":
+            node = self.choices_before()
         else:
             raise ParseError(f"unexpected {value!r}")
         self.depth -= 1
@@ -86,6 +93,8 @@ class Atoms(Operators):
         if self.op("_"):
             self.at += 1
             base = self.argument()
+            if base[0] == "text" and (value := meaning(base[1])):
+                base = value
             if base[0] == "num" and base[1].denominator == 1 and 2 <= base[1] <= 36 and literal.isdigit():
                 return ("based", literal, int(base[1]))
             raise ParseError(f"no number in base {base[1]}")
@@ -96,10 +105,11 @@ class Atoms(Operators):
 
     def mixed(self, whole: Node) -> Node:
         """2\\frac{1}{2} and `2 1/2` are mixed numbers when the fraction is proper and made of integers."""
-        mark = self.at
+        mark, tokens = self.at, self.tokens[self.at : self.at + 6]
         if self.kind() == "cmd" and self.value() in ("frac", "dfrac", "tfrac", "cfrac"):
             self.at += 1
-            top, bottom = self.argument(), self.argument()
+            top = self.number_argument()
+            bottom = top and self.number_argument()
         elif self.kind() == "num" and self.tokens[self.at][2] and self.tokens[self.at + 1 : self.at + 2]:
             top = literal_node(self.value())
             self.at += 1
@@ -109,30 +119,56 @@ class Atoms(Operators):
             self.at += 1
         else:
             return whole
-        if all(n[0] == "num" and n[2] == 0 for n in (top, bottom)) and 0 < top[1] < bottom[1]:
+        if top and bottom and top[2] == bottom[2] == 0 and 0 < top[1] < bottom[1]:
             return ("num", whole[1] + top[1] / bottom[1], 0)
-        if self.tokens[mark][0] == "num":
+        if tokens[0][0] == "num":
             raise ParseError("a mixed number with an improper fraction")
-        self.at = mark
+        self.at, self.tokens[mark : mark + 6] = mark, tokens
         return whole
+
+    def number_argument(self) -> Node | None:
+        """An argument that is a bare number; None, and nothing read, before any other: each argument is read once."""
+        braced = [t[0] if t[0] == "num" else t[1] for t in self.tokens[self.at : self.at + 3]] == ["{", "num", "}"]
+        return self.argument() if braced or self.kind() == "num" else None
 
     def symbol(self, name: str) -> Node:
         while self.accept("'"):
             name += "'"
         if self.accept("_"):
-            name += "_" + flat_name(self.argument())
+            lower = self.argument()
+            if name == "C" and lower[0] == "num" and (upper := self.natural_exponent()) and upper[1] <= lower[1]:
+                return ("fn", "binom", (lower, upper))
+            name += "_" + flat_name(lower)
+        if name in ("f", "g", "h") and [t[1] for t in self.tokens[self.at : self.at + 5]] == ["^", "{", "-", "1", "}"]:
+            self.at += 5
+            name += "^-1"
         if self.tokens[self.at - 1][1] not in ("e", "i") and self.op("(") and not self.tokens[self.at][2]:
             return self.maybe_call(name)
         return ("sym", name)
 
+    def natural_exponent(self) -> Node | None:
+        """The k of C_n^k, read when it is a number."""
+        ahead = [token[:2] for token in self.tokens[self.at : self.at + 4]]
+        braced = ahead[:2] == [("op", "^"), ("op", "{")] and ahead[3:] == [("op", "}")]
+        number = ahead[2:3] if braced else ahead[1:2]
+        if ahead[:1] != [("op", "^")] or not number or number[0][0] != "num":
+            return None
+        self.at += 4 if braced else 2
+        return literal_node(number[0][1])
+
     def maybe_call(self, name: str) -> Node:
         if name[0] not in CALL_NAMES:
+            return ("sym", name)
+        ahead = (value for kind, value, _ in self.tokens[self.at + 1 :] if kind == "op" and value in ("(", ")"))
+        if name[0] not in "fghFGH" and next(ahead, ")") == "(":
             return ("sym", name)
         mark = self.at
         self.at += 1
         inside = self.bracket("(")
         arguments = inside[1] if inside[0] == "tuple" else (inside,)
-        if name[0] in "fghFGH" or all(a[0] in ("sym", "num") for a in arguments):
+        if name == "C" and len(arguments) == 2 and all(a[0] == "num" for a in arguments):
+            return ("fn", "binom", arguments)
+        if name[0] in "fghFGH" or all(a[0] in ("sym", "num") or (a[0] == "rel" and name == "P") for a in arguments):
             return ("call", name, arguments)
         self.at = mark
         return ("sym", name)
@@ -193,6 +229,8 @@ class Atoms(Operators):
         items = inside[1] if inside[0] == "list" else (inside,)
         if opener == "\\{":
             return inside if inside[0] == "rel" and inside[2][0] != "=" else ("set", items)
+        if opener == "langle":
+            return ("tuple", items, "(", ")")
         if opener == "{" or (len(items) == 1 and inside[0] != "list"):
             return inside
         return ("tuple", items, opener, closer)
@@ -209,12 +247,12 @@ class Atoms(Operators):
             return self.derivative(("div", self.argument(), self.argument()))
         if name in ("binom", "dbinom", "tbinom"):
             return ("fn", "binom", (self.argument(), self.argument()))
-        if name in ("lfloor", "lceil"):
+        if name in CLOSING_CORNERS:
             inside = self.sum()
-            if not (self.kind() == "cmd" and self.value() == "r" + name[1:]):
+            if not (self.kind() == "cmd" and self.value() == CLOSING_CORNERS[name]):
                 raise ParseError(f"\\{name} is not closed")
             self.at += 1
-            return ("fn", name[1:], (inside,))
+            return ("fn", "floor" if name in ("lfloor", "llcorner") else "ceil", (inside,))
         if name in ("boxed", "fbox"):
             return self.argument()
         if name in ("emptyset", "varnothing"):
@@ -229,9 +267,45 @@ class Atoms(Operators):
             return self.operator(name)
         raise ParseError(f"unknown command \\{name}")
 
+    def choices_before(self) -> Node:
+        """^{10}C_3"""
+        n = self.argument()
+        if not (self.kind() == "sym" and self.value() == "C"):
+            raise ParseError("an exponent of nothing")
+        self.at += 1
+        self.expect("_")
+        return ("fn", "binom", (n, self.argument()))
+
+    def cases(self) -> Node:
+        """Rows of a value and its condition; rows of one equation each are a list."""
+        rows = [[without_marks(cell) for cell in split(row, "&")] for row in self.rows()]
+        rows = [[self.part(cell) for cell in row if cell] for row in rows if any(row)]
+        if rows and all(len(row) == 2 for row in rows):
+            return ("cases", tuple((value, condition) for value, condition in rows))
+        if rows and all(len(row) == 1 for row in rows):
+            return as_list([row[0] for row in rows], ",")
+        raise ParseError("cases without their conditions")
+
+    def rows(self) -> list[list[Token]]:
+        """The tokens up to \\end{cases}, split into rows."""
+        start, depth = self.at, 1
+        while depth and self.kind() != "end":
+            depth += (self.kind() == "cmd") * ((self.value() == "begin") - (self.value() == "end"))
+            self.at += 1
+        rows = split(self.tokens[start : self.at - 1], "\\\\")
+        self.braced_word()
+        return rows
+
+    def part(self, tokens: list[Token]) -> Node:
+        part = type(self)(tokens)
+        part.depth = self.depth
+        return part.whole()
+
     def environment(self) -> Node:
         name = self.braced_word()
-        if not (name.rstrip("*").endswith("matrix") or name in ("array", "cases")):
+        if name in ("cases", "dcases"):
+            return self.cases()
+        if not (name.rstrip("*").endswith("matrix") or name == "array"):
             raise ParseError(f"unknown environment {name!r}")
         if name == "array":
             self.braced_word()
@@ -250,3 +324,25 @@ class Atoms(Operators):
             raise ParseError("a matrix with rows of different lengths")
         matrix = ("matrix", tuple(map(tuple, rows)))
         return ("fn", "det", (matrix,)) if name == "vmatrix" else matrix
+
+
+def split(tokens: list[Token], mark: str) -> list[list[Token]]:
+    """The tokens between the marks that stand outside of braces and environments."""
+    pieces: list[list[Token]] = [[]]
+    depth = 0
+    for token in tokens:
+        depth += (token[1] in ("{", "begin")) - (token[1] in ("}", "end"))
+        if token[:2] == ("op", mark) and depth == 0:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return pieces
+
+
+def without_marks(tokens: list[Token]) -> list[Token]:
+    """A cell of a case distinction without its commas and the word before its condition."""
+    while tokens and (tokens[-1][1] in (",", ";", ".") or tokens[-1][1] == "if"):
+        tokens = tokens[:-1]
+    while tokens and (tokens[0][1] in (",", ";") or tokens[0][1].lower() in ("if", "for", "when", "where")):
+        tokens = tokens[1:]
+    return tokens

@@ -5,7 +5,7 @@ import re
 OPENING = " \n\t*\"'("
 FILLER = r"(?:(?:for sure|definitely|clearly|option|choice|letter|the) )*\(?"
 STANDS_FOR = re.compile(
-    FILLER + r"([A-Ja-j])(?:\*{0,2}[).:\u3002]\*{0,2}|\*{0,2}$|\s+(?=[A-Z][a-z]))(?P<rest>.*)", re.DOTALL
+    FILLER + r"([A-Ja-j])(?:\s?\*{0,2}[).:\u3002]\*{0,2}|\*{0,2}$|\s+(?=[A-Z][a-z]))(?P<rest>.*)", re.DOTALL
 )
 SETTLES_ON = re.compile(FILLER + r"([A-J])(?![\w'=+^/<>-])(?P<rest>.*)", re.DOTALL)
 BEFORE_OTHER_SCRIPT = re.compile(r"([A-J])(?=[^\x00-\x7f])")

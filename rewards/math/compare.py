@@ -1,17 +1,21 @@
 """Whether an answer's tree means the same as the gold's, by the kind of thing that they are."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from fractions import Fraction
+from itertools import pairwise, product
 
-from deltarl.rewards.math.evaluate import Undefined
+from deltarl.rewards.math.evaluate import NotANumber, Undefined
 from deltarl.rewards.math.intervals import is_inequality, names_a_set, real_set, same_set
 from deltarl.rewards.math.lexer import LimitError, ParseError
 from deltarl.rewards.math.matrices import folded
-from deltarl.rewards.math.nodes import Node, names, substituted
+from deltarl.rewards.math.nodes import Node, names
+from deltarl.rewards.math.piecewise import same_cases
+from deltarl.rewards.math.renaming import in_golds_names, with_argument_renamed, without_integer_clause
 from deltarl.rewards.math.scalars import Rules, matches, same_up_to_factor, same_value
 from deltarl.rewards.math.symbolic import evaluated, holds_operator, same_zeros
 
 MAX_ITEMS = 100
+MAX_FREE_SIGNS = 4
 ORDERS = {"<": ">", "<=": ">="}
 
 
@@ -45,10 +49,13 @@ class _Comparison:
         self.rules = rules
 
     def same(self, gold: Node, answer: Node) -> bool:
+        gold, answer = without_integer_clause(gold), without_integer_clause(answer)
+        if gold[0] == "modulo" or answer[0] == "modulo":
+            return self.residues(gold, answer)
         gold_label, gold_core = split_label(gold)
         answer_label, answer_core = split_label(answer)
         if gold_label and answer_label:
-            renamed = _renamed(answer_label, gold_label, answer_core)
+            renamed = with_argument_renamed(answer_label, gold_label, answer_core)
             if renamed is not None and self.unlabelled(gold_core, renamed):
                 return True
             return _is_equation(gold) and _is_equation(answer) and self.equations(gold, answer)
@@ -57,17 +64,24 @@ class _Comparison:
         return self.unlabelled(gold_core, answer_core)
 
     def unlabelled(self, gold: Node, answer: Node) -> bool:
+        if _count(gold, "pm") > 1 or _count(answer, "pm") > 1:
+            free = with_free_signs(gold), with_free_signs(answer)
+            if self.in_any_order(_items(free[0])[0], _items(free[1])[0]):
+                return True
         gold, answer = _unwrapped(both_signs(gold)), _unwrapped(both_signs(answer))
+        answer = in_golds_names(gold, answer)
         if gold == answer:
             return True
+        if gold[0] == "cases" or answer[0] == "cases":
+            return gold[0] == answer[0] and self.cases(gold, answer)
+        if gold[0] == "matrix" or answer[0] == "matrix":
+            return self.matrices(_as_matrix(gold), _as_matrix(answer))
         if names_a_set(gold) or names_a_set(answer):
             return self.sets_of_reals(gold, answer)
         if gold[0] in ("list", "set") or answer[0] in ("list", "set"):
             return self.collections(gold, answer)
         if gold[0] == "tuple" or answer[0] == "tuple":
             return self.tuples(gold, answer)
-        if gold[0] == "matrix" or answer[0] == "matrix":
-            return self.matrices(gold, answer)
         if gold[0] == "ratio" or answer[0] == "ratio":
             return self.ratios(gold, answer)
         if gold[0] == "text" or answer[0] == "text":
@@ -81,6 +95,8 @@ class _Comparison:
             return self.inequalities(gold, answer)
         if is_inequality(gold) and is_inequality(answer) and names(gold) != names(answer):
             return False
+        if gold[0] == answer[0] == "tuple":
+            return gold[2:] == answer[2:] and self.in_order(gold[1], answer[1])
         return same_set(real_set(gold), real_set(answer), lambda a, b: matches(a, b, self.rules))
 
     def inequalities(self, gold: Node, answer: Node) -> bool:
@@ -99,7 +115,10 @@ class _Comparison:
         return same_up_to_factor(left, right, positive=False) or same_zeros(left, right)
 
     def collections(self, gold: Node, answer: Node) -> bool:
-        """Lists and sets in any order; in their order where labels or a tuple's brackets give one."""
+        """Lists and sets in any order; in their order where labels or a tuple's brackets give one.
+
+        Repeats count once in a set, and in a list beside a gold that has none.
+        """
         gold_items, gold_labels = _items(gold)
         answer_items, answer_labels = _items(answer)
         if max(len(gold_items), len(answer_items)) > MAX_ITEMS:
@@ -113,14 +132,16 @@ class _Comparison:
             return "set" not in (gold[0], answer[0]) and self.in_order(gold_items, answer_items)
         if gold_labels or answer_labels:
             return self.in_order(gold_items, answer_items)
+        distinct = self.distinct(gold_items)
+        if "set" in (gold[0], answer[0]) or len(distinct) == len(gold_items):
+            gold_items, answer_items = distinct, self.distinct(answer_items)
         return self.in_any_order(gold_items, answer_items)
 
     def in_order(self, gold: Sequence[Node], answer: Sequence[Node]) -> bool:
         return len(gold) == len(answer) and all(self.same(a, b) for a, b in zip(gold, answer, strict=True))
 
     def in_any_order(self, gold: Sequence[Node], answer: Sequence[Node]) -> bool:
-        """Every item of one has its own equal in the other; repeats count once."""
-        gold, answer = self.distinct(gold), self.distinct(answer)
+        """Every item of one has its own equal in the other."""
         if len(gold) != len(answer):
             return False
         left = list(answer)
@@ -138,28 +159,47 @@ class _Comparison:
                 kept.append(item)
         return kept
 
-    def tuples(self, gold: Node, answer: Node) -> bool:
-        if gold[0] == "matrix" or answer[0] == "matrix":
-            return self.in_order(_vector(gold), _vector(answer))
+    def residues(self, gold: Node, answer: Node) -> bool:
+        """3 (mod 7) is 10 (mod 7); a remainder without its modulus must be the gold's own."""
         if gold[0] != answer[0]:
+            bare = [node[1] if node[0] == "modulo" else node for node in (gold, answer)]
+            return self.same(*bare)
+        if not same_value(gold[2], answer[2]):
             return False
-        return self.in_order(gold[1], answer[1])
+        values = [split_label(node[1])[1] for node in (gold, answer)]
+        if any(map(names, values)) or any(value[0] in ("list", "set", "rel") for value in values):
+            return self.same(gold[1], answer[1])
+        difference = ("add", (values[0], ("neg", values[1])))
+        return same_value(("fn", "mod", (difference, gold[2])), ("num", Fraction(0), 0))
+
+    def cases(self, gold: Node, answer: Node) -> bool:
+        try:
+            return same_cases(gold, answer, self.same)
+        except NotANumber:
+            ours, theirs = ([("tuple", row, "(", ")") for row in node[1]] for node in (gold, answer))
+            return self.in_any_order(ours, theirs)
+
+    def tuples(self, gold: Node, answer: Node) -> bool:
+        return gold[0] == answer[0] and self.in_order(gold[1], answer[1])
 
     def matrices(self, gold: Node, answer: Node) -> bool:
+        if "tuple" in (gold[0], answer[0]):
+            return self.in_order(_vector(gold), _vector(answer))
         if gold[0] != answer[0] or len(gold[1]) != len(answer[1]):
             return False
         return all(self.in_order(a, b) for a, b in zip(gold[1], answer[1], strict=True))
 
     def ratios(self, gold: Node, answer: Node) -> bool:
-        """Equal term by term, or two terms in the same proportion (2:4 is 1:2)."""
+        """Equal term by term, or in the same proportion (2:4 is 1:2)."""
         if gold[0] != answer[0]:
             scalar, ratio = (answer, gold) if gold[0] == "ratio" else (gold, answer)
             return len(ratio[1]) == 2 and matches(("div", *ratio[1]), scalar, self.rules)
         if self.in_order(gold[1], answer[1]):
             return True
-        if len(gold[1]) != 2 or len(answer[1]) != 2:
+        if len(gold[1]) != len(answer[1]):
             return False
-        return same_value(("div", *gold[1]), ("div", *answer[1]))
+        pairs = [list(zip(node[1], node[1][1:], strict=False)) for node in (gold, answer)]
+        return all(same_value(("div", *a), ("div", *b)) for a, b in zip(*pairs, strict=True))
 
 
 def split_label(node: Node) -> tuple[Node | None, Node]:
@@ -214,6 +254,20 @@ def both_signs(node: Node) -> Node:
     return ("list", (_signed(node, False), _signed(node, True)), "pm")
 
 
+def with_free_signs(node: Node) -> Node:
+    """`± a ± b` as the list of its values where each sign is chosen by itself."""
+    if _count(node, "pm") > MAX_FREE_SIGNS:
+        raise LimitError(f"more than {MAX_FREE_SIGNS} signs to choose")
+    if node[0] != "add" or not _has(node, ("pm",)):
+        return node
+    choices = [((term[1], ("neg", term[1])) if term[0] == "pm" else (term,)) for term in node[1]]
+    return ("list", tuple(("add", terms) for terms in product(*choices)), "pm")
+
+
+def _count(node: Node, kind: str) -> int:
+    return (node[0] == kind) + sum(_count(part, kind) for part in node if isinstance(part, tuple) and part)
+
+
 def _has(node: Node, kinds: tuple[str, ...]) -> bool:
     return node[0] in kinds or any(_has(part, kinds) for part in node if isinstance(part, tuple) and part)
 
@@ -264,19 +318,6 @@ def _difference(node: Node) -> Node:
     return ("add", (node[1][0], ("neg", node[1][1])))
 
 
-def _renamed(answer_label: Node, gold_label: Node, answer: Node) -> Node | None:
-    """The answer in the gold's names when the labels agree, f(t) = t beside f(x) = x; None when they do not."""
-    if answer_label == gold_label:
-        return answer
-    if answer_label[0] == gold_label[0] == "call" and answer_label[1] == gold_label[1]:
-        theirs, ours = answer_label[2], gold_label[2]
-        if len(theirs) == len(ours) and all(a[0] == b[0] == "sym" for a, b in zip(theirs, ours, strict=True)):
-            return substituted(answer, dict(zip(theirs, ours, strict=True)))
-    if "text" in (answer_label[0], gold_label[0]):
-        return answer
-    return None
-
-
 def _items(node: Node) -> tuple[Sequence[Node], list[str]]:
     """The items of a list, set or tuple, and their labels when each has another."""
     items = node[1] if node[0] in ("list", "set", "tuple") else (node,)
@@ -297,6 +338,13 @@ def _items(node: Node) -> tuple[Sequence[Node], list[str]]:
 def _base_name(label: Node | None) -> str:
     """x_1 and x_2 are values of one x: their order says nothing."""
     return label[1].partition("_")[0] if label and label[0] == "sym" else str(label)
+
+
+def _as_matrix(node: Node) -> Node:
+    """[[1, 2], [3, 4]] as the matrix of its rows."""
+    if node[0] == "tuple" and all(row[0] == "tuple" and len(row[1]) == len(node[1][0][1]) for row in node[1]):
+        return ("matrix", tuple(row[1] for row in node[1]))
+    return node
 
 
 def _vector(node: Node) -> Sequence[Node]:

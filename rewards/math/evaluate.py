@@ -333,11 +333,12 @@ def _extreme(pick: Callable) -> Callable:
 
 def _common(pick: Callable) -> Callable:
     def apply(self: Evaluator, *values: Number) -> Number:
-        if not all(isinstance(v, Fraction) and v.denominator == 1 for v in values):
-            raise Undefined("a common divisor of numbers that are not integers")
+        if not all(isinstance(v, Fraction) for v in values):
+            raise Undefined("a common divisor of numbers that are not rational")
         result = abs(values[0])
         for value in values[1:]:
-            result = Fraction(pick(int(result), int(value)))
+            scale = math.lcm(result.denominator, value.denominator)
+            result = Fraction(pick(int(result * scale), int(value * scale)), scale)
             self._measure(result)
         return result
 
@@ -403,6 +404,7 @@ HANDLERS: dict[str, Callable[[Evaluator, Node], Number]] = {
     "root": _root,
     "fact": _factorial,
     "pct": lambda self, node: self.value(node[1]) / 100,
+    "deg": lambda self, node: self.product(self.value(node[1]), self.value(("sym", "pi"))) / 180,
     "based": _based,
     "call": _call,
     "fn": _function,

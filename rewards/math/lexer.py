@@ -40,7 +40,8 @@ UNITS = words(
     "mm cm km ft kg mg lb lbs oz mi hr hrs min mins sec secs mph kph km/h deg rad "
     "yr yrs ml cc hz meter meters metre metres inch inches foot feet yard yards mile miles gram grams "
     "second seconds minute minutes hour hours day days week weeks month months year years degree degrees "
-    "dollar dollars cent cents euro euros pound pounds usd unit units square cubic sq"
+    "dollar dollars cent cents euro euros pound pounds usd unit units square cubic sq "
+    "cup cups ton tons gal men way ways"
 )
 PERCENT = frozenset(("percent", "percentage", "pct"))
 SEPARATORS = frozenset(("and", "or"))
@@ -52,7 +53,8 @@ RELATIONS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "pm", "mp": "mp", "mod": "mod", "bmod": "mod",
     "colon": ":", "mid": "|", "vert": "|", "lvert": "|", "rvert": "|", "circ": "deg", "degree": "deg",
     "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "lparen": "(", "rparen": ")", "prime": "'",
-    "to": "->", "rightarrow": "->", "Rightarrow": "->", "implies": "->",
+    "to": "->", "rightarrow": "->", "Rightarrow": "->", "implies": "->", "longrightarrow": "->",
+    "Longrightarrow": "->", "lgroup": "(", "rgroup": ")", "langle": "langle", "rangle": "rangle",
 }  # fmt: skip
 TEXT_COMMANDS = words(
     "text textbf textit textrm textnormal textsf texttt mbox mathrm mathbf mathit mathsf mathtt operatorname rm bf"
@@ -72,7 +74,9 @@ UNICODE = str.maketrans({
     "\u2079": "^{9}", "\u00bd": " 1/2", "\u2153": " 1/3", "\u00bc": " 1/4", "\u00be": " 3/4", "\u03b8": "\\theta ",
     "\u03b1": "\\alpha ", "\u03b2": "\\beta ", "\u03b3": "\\gamma ", "\u03bb": "\\lambda ", "\u20ac": "",
     "\u00a3": "", "\u00a5": "", "\u2033": "", "\uff0c": ",", "\u3002": ".", "\u201c": "", "\u201d": "",
-    "\u2019": "'",
+    "\u2019": "'", "\u2216": "\\setminus ", "\u03bc": "\\mu ", "\u03c3": "\\sigma ", "\u03c6": "\\phi ",
+    "\u03c9": "\\omega ", "\u03c1": "\\rho ", "\u03c4": "\\tau ", "\u0394": "\\Delta ", "\u03b4": "\\delta ",
+    "\u22ef": "...", "\u2026": "...", "\u27e8": "\\langle ", "\u27e9": "\\rangle ",
 })  # fmt: skip
 REPAIRS = [
     (re.compile(r"\\?\x0c(?=rac)"), r"\\f"),
@@ -97,7 +101,16 @@ SCANNER = re.compile(
     r"|(?P<text>[^\W\d_]+)"
     r"|(?P<op><=|>=|!=|==|\*\*|->|[-+*/^_=<>!()\[\]{}|,;:%&'?])"
 )
+LISTED = re.compile(r"\b(?:or|and)\s+[^A-Za-z\s]")
 GROUP = re.compile(r"\s*\{([^{}]*)\}")
+
+
+REPEATING = re.compile(
+    r"(?<![\d.])(?P<whole>\d{0,30})\.(?P<fixed>\d{0,30})\s*\\(?:overline|bar|dot)\s*(?:\{(?P<block>\d{1,30})\}|(?P<digit>\d))"
+    r"(?![\d\\])"
+)
+DECIMAL_DOTS = re.compile(r"(?<![\d.])(\d+\.\d+)\s*(?:\\[lc]?dots(?![a-z])|\.\.\.)")
+BASED_IN_BRACKETS = re.compile(r"\(\s*(\d+)\s*\)(?=\s*_)")
 
 
 def clean(text: str) -> str:
@@ -112,8 +125,17 @@ def clean(text: str) -> str:
     if "\\begin" not in text:
         text = re.sub(r"\\\\+(?=[a-zA-Z{}])", r"\\", text)
     text = GROUPED.sub("", MATH_MARKS.sub(" ", text)).strip()
+    if "." in text or "_" in text:
+        text = REPEATING.sub(_repeating, DECIMAL_DOTS.sub(r"\1", BASED_IN_BRACKETS.sub(r"\1", text)))
     text = text.rstrip(".,;:!? \n") if not text.endswith("!") or text.endswith("\\!") else text
     return SPACED_THOUSANDS.sub(lambda m: m[1] + m[2].replace(" ", ""), text)
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """0.1\\overline{6} is (16 - 1) / 90."""
+    fixed, block = match["whole"] + match["fixed"], match["block"] or match["digit"]
+    bottom = (10 ** len(block) - 1) * 10 ** len(match["fixed"])
+    return f"{{{int(fixed + block) - int(fixed or 0)}/{bottom}}}"
 
 
 def has_thousands(text: str) -> bool:
@@ -193,8 +215,12 @@ def _text(tokens: list[Token], content: str, spaced: bool) -> None:
         tokens.append(("sep", bare.lower() or ",", spaced))
     elif bare in FUNCTIONS:
         tokens.append(("func", bare, spaced))
-    elif re.fullmatch(r"[-+\d.,/\s]+", content) or re.fullmatch(r"\(?[A-Za-z]\)?", bare):
+    elif bare == "mod":
+        tokens.append(("op", "mod", spaced))
+    elif re.fullmatch(r"[-+\d.,/\s]+(?: ?%| percent)?|mod \d+", content) or re.fullmatch(r"\(?[A-Za-z]\)?", bare):
         tokens.extend(tokenize(content))
+    elif bare and LISTED.search(bare):
+        raise ParseError("a list in words")
     elif bare:
         tokens.append(("text", bare, spaced))
 
@@ -211,6 +237,8 @@ def _word(tokens: list[Token], word: str, spaced: bool) -> None:
         tokens.append(("sym", word, spaced))
     elif word.lower() in PERCENT:
         tokens.append(("op", "%", spaced))
+    elif word in ("mod", "MOD"):
+        tokens.append(("op", "mod", spaced))
     elif word.lower() in UNITS or len(word) > 3 or (spaced and tokens and tokens[-1][0] == "text"):
         tokens.append(("text", word, spaced))
     else:

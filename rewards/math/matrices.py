@@ -5,6 +5,7 @@ from fractions import Fraction
 from deltarl.rewards.math.lexer import LimitError, ParseError
 from deltarl.rewards.math.nodes import Node, check_depth, parts
 
+TRANSPOSES = (("sym", "T"), ("sym", "'"), ("text", "T"))
 MAX_CELLS = 900
 MAX_PRODUCTS = 2000
 MAX_FACTORS = 5
@@ -16,6 +17,8 @@ def folded(node: Node) -> Node:
 
     Raises ParseError for shapes that do not fit and LimitError past a bound.
     """
+    if node[0] == "pow" and node[1][0] == "tuple" and node[2] in TRANSPOSES:
+        return node[1]
     if not _holds_matrix(node):
         return node
     if node[0] == "matrix":
@@ -37,9 +40,15 @@ def folded(node: Node) -> Node:
         for factor in node[1][1:]:
             product = _multiplied(product, folded(factor))
         return product
+    if node[0] == "pow" and node[2] in TRANSPOSES:
+        return _transposed(folded(node[1]))
     if node[0] == "div":
         return _scaled(("div", ("num", Fraction(1), 0), node[2]), folded(node[1]))
     return tuple(_folded_part(part) for part in node)
+
+
+def _transposed(node: Node) -> Node:
+    return ("matrix", tuple(zip(*node[1], strict=True))) if node[0] == "matrix" else node
 
 
 def _folded_part(part: object) -> object:

@@ -3,13 +3,13 @@
 Nodes, by their first entry:
     num value places          a literal: Fraction, decimals after its point (0 for an integer)
     sym name                  e, i, pi and oo among them
-    add [..] · mul [..] · div a b · pow a b · neg a · root a n · fact a · pct a · pm a (+a or -a) · mp a
+    add [..] · mul [..] · div a b · pow a b · neg a · root a n · fact a · pct a · deg a · pm a (+a or -a) · mp a
     fn name args              a known function; log has (x, base)
     call name args            an unknown function, f(x)
     based digits base         204_5
     list items kind · tuple items open close · set items · union a b · minus a b · meet a b · ratio items
     rel terms ops             a = b < c
-    matrix rows · text words
+    matrix rows · cases (value, condition).. · modulo a m · text words
     sum prod int lim diff: operators.py
 
 """

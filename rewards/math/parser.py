@@ -5,7 +5,7 @@ Raises ParseError for what it does not know and LimitError past a bound.
 
 from deltarl.rewards.math.atoms import MAX_DEPTH, Atoms
 from deltarl.rewards.math.lexer import LimitError, ParseError, join_thousands, tokenize, words
-from deltarl.rewards.math.nodes import Node, as_list, is_name, product
+from deltarl.rewards.math.nodes import Node, as_list, check_depth, flat_name, is_name, product
 
 RELATION_OPS = frozenset(("=", "<", ">", "<=", ">=", "!=", "~", "in"))
 LEAD_WORDS = words("approximately about exactly is the answer equals only therefore thus so")
@@ -23,11 +23,12 @@ class _Parser(Atoms):
         kinds = {kind if len(value) > 1 or kind != "sym" else "letter" for kind, value, _ in self.tokens}
         if "text" in kinds and kinds <= {"text", "letter", "sep"}:
             return ("text", " ".join(value for _, value, _ in self.tokens))
-        while self.kind() == "text" and self.value().lower() in LEAD_WORDS:
+        while (self.kind() == "text" and self.value().lower() in LEAD_WORDS) or (self.at == 0 and self.op("=", "~")):
             self.at += 1
         node = self.items()
         if self.at < len(self.tokens):
             raise ParseError(f"unexpected {self.value()!r}")
+        check_depth(node)
         return node
 
     def items(self) -> Node:
@@ -73,7 +74,22 @@ class _Parser(Atoms):
                 continue
             ops.append("=" if op == "~" else op)
             terms.append(self.ratio())
-        return ("rel", tuple(terms), tuple(ops)) if ops else terms[0]
+        node = ("rel", tuple(terms), tuple(ops)) if ops else terms[0]
+        return self.modulo(node)
+
+    def modulo(self, node: Node) -> Node:
+        """`(mod m)` behind a value or a congruence."""
+        if self.kind() == "cmd" and self.value() == "pmod":
+            self.at += 1
+            return ("modulo", node, self.argument())
+        if self.op("(") and self.before_mod():
+            self.at += 2
+            node = ("modulo", node, self.sum())
+            self.expect(")")
+        return node
+
+    def before_mod(self) -> bool:
+        return [token[1] for token in self.tokens[self.at + 1 : self.at + 2]] == ["mod"]
 
     def ratio(self) -> Node:
         terms = [self.sets()]
@@ -104,7 +120,11 @@ class _Parser(Atoms):
                 break
             sign = signs[self.value()]
             self.at += 1
-        return ("add", tuple(terms)) if len(terms) > 1 else terms[0]
+        node = ("add", tuple(terms)) if len(terms) > 1 else terms[0]
+        if self.kind() == "cmd" and self.value() == "choose":
+            self.at += 1
+            return ("fn", "binom", (node, self.sum()))
+        return node
 
     def term(self) -> Node:
         node = self.signed()
@@ -147,17 +167,28 @@ class _Parser(Atoms):
         if kind in ("num", "sym", "func"):
             return True
         if kind == "cmd":
-            return self.value() not in ("end", "rfloor", "rceil", "rangle")
-        return self.op("(", "[", "{", "\\{") or (self.op("|") and not self.bars)
+            return self.value() not in ("end", "rfloor", "rceil", "urcorner", "lrcorner", "choose", "pmod")
+        if self.op("(") and self.before_mod():
+            return False
+        return self.op("(", "[", "{", "\\{", "langle") or (self.op("|") and not self.bars)
 
     def power(self) -> Node:
         node = self.postfix(self.atom())
         if self.accept("^"):
             if self.degrees():
-                return self.postfix(node)
+                return self.postfix(self.angle(node))
             exponent = self.exponent()
+            if node[0] == "sym" and self.accept("_"):
+                node = ("sym", f"{node[1]}_{flat_name(self.argument())}")
             node = self.postfix(("pow", node, exponent))
         return node
+
+    def angle(self, node: Node) -> Node:
+        """A value before its degree sign; degrees of temperature (C, F) are a unit."""
+        if self.kind() == "sym" and self.value() in ("C", "F"):
+            self.at += 1
+            return node
+        return ("deg", node)
 
     def degrees(self) -> bool:
         if self.accept("deg"):
@@ -188,9 +219,6 @@ class _Parser(Atoms):
             elif self.accept("%"):
                 node = ("pct", node)
             elif self.accept("deg"):
-                pass
-            elif self.kind() == "cmd" and self.value() == "pmod":
-                self.at += 1
-                self.argument()
+                node = self.angle(node)
             else:
                 return node

@@ -14,11 +14,12 @@ from deltarl.rewards.math.evaluate import (
     Environment,
     Evaluator,
     LimitError,
+    NotANumber,
     Number,
     Undefined,
 )
 from deltarl.rewards.math.integers import hash_number
-from deltarl.rewards.math.nodes import Node, names, uses
+from deltarl.rewards.math.nodes import Node, names, substituted, uses
 from deltarl.rewards.math.polynomials import same_quotient
 from deltarl.rewards.math.symbolic import proves_equal
 from deltarl.rewards.math.sympy_trees import Assumption
@@ -33,11 +34,13 @@ PAIR_DECIMAL_DIGITS = 5
 class Rules:
     """precision: significant digits from which a decimal answer may stand for an exact gold that has no finite decimal.
     percent_either: `28%` may be answered as 28 and the other way round (0.28 is always right for 28%).
+    degrees_either: 30 degrees may be answered as 30 and the other way round (pi/6 is always right for 30 degrees).
     require_evaluated: an answer that holds a sum, integral, limit or derivative equals only a gold of the same form.
     """
 
     precision: int = 6
     percent_either: bool = True
+    degrees_either: bool = True
     require_evaluated: bool = True
 
 
@@ -71,18 +74,36 @@ def proved(left: Node, right: Node, *assumptions: Assumption) -> bool:
 
 
 def agree(left: Node, right: Node, environment: Environment, real: bool) -> bool:
-    """Equal values at one point: exactly when both are rational, else to half the bits of a precision that is four
+    """Equal values at one point: exactly when both are rational, else as near as `difference` can tell."""
+    return difference(left, right, environment, real) == 0
+
+
+def order(left: Node, right: Node) -> int:
+    """-1, 0 or 1 as the left constant is less than, equal to or greater than the right one.
+
+    Raises NotANumber, also for complex ones, Undefined and LimitError.
+    """
+    value = difference(left, right, {}, real=False)
+    if not isinstance(value, Fraction) and value.imag != 0:
+        raise NotANumber("an order of complex numbers")
+    sign = value if isinstance(value, Fraction) else value.real
+    return int(sign > 0) - int(sign < 0)
+
+
+def difference(left: Node, right: Node, environment: Environment, real: bool) -> Number:
+    """left - right at one point: exact when both are rational, else 0 below half the bits of a precision that is four
     times the largest magnitude met, so that a difference that the numbers' sizes allow cannot hide."""
     precision = FIRST_PRECISION
     while True:
         evaluator = Evaluator(environment, precision, real)
         a, b = evaluator.value(left), evaluator.value(right)
         if evaluator.exact:
-            return a == b
+            return a - b
         needed = 4 * evaluator.magnitude + FIRST_PRECISION
         if needed <= precision:
             a, b = evaluator.inexact(a), evaluator.inexact(b)
-            return bool(abs(a - b) <= max(1, abs(a), abs(b)) * evaluator.mp.ldexp(1, -precision // 2))
+            noise = max(1, abs(a), abs(b)) * evaluator.mp.ldexp(1, -precision // 2)
+            return a - b if abs(a - b) > noise else Fraction(0)
         if needed > MAX_PRECISION:
             raise LimitError(f"a comparison at {needed} bits, limit {MAX_PRECISION}")
         precision = needed
@@ -111,10 +132,10 @@ def integer_points(variables: list[str]) -> Iterator[Environment]:
 
 
 def same_up_to_factor(left: Node, right: Node, positive: bool) -> bool:
-    """left = c * right at every probe point, for one c that is not 0 (above 0 if `positive`)."""
+    """left = c * right for one c that is not 0 (above 0 if `positive`): at every probe point, and then by proof."""
     variables = sorted(names(left) | names(right))
     real = not (uses(left, "i") or uses(right, "i"))
-    first, hits = None, 0
+    first, there, hits = None, {}, 0
     for environment in probe_points(variables) if variables else iter([{}]):
         try:
             evaluator = Evaluator(environment, FIRST_PRECISION, real)
@@ -124,12 +145,16 @@ def same_up_to_factor(left: Node, right: Node, positive: bool) -> bool:
         except Undefined:
             continue
         hits += 1
-        first = ratio if first is None else first
+        first, there = (ratio, environment) if first is None else (first, there)
         if not _near(evaluator, first, ratio):
             return False
     if hits < (PROBES_NEEDED if variables else 1):
         return False
-    return not isinstance(first, Fraction) or proved(left, ("mul", (("num", first, 0), right)), "real", "positive")
+    if isinstance(first, Fraction):
+        return proved(left, ("mul", (("num", first, 0), right)), "real", "positive")
+    point = {("sym", name): ("num", value, 0) for name, value in there.items()}
+    crosswise = ("mul", (left, substituted(right, point))), ("mul", (right, substituted(left, point)))
+    return same_value(*crosswise)
 
 
 def _near(evaluator: Evaluator, a: Number, b: Number) -> bool:
@@ -149,7 +174,21 @@ def matches(gold: Node, answer: Node, rules: Rules) -> bool:
         return True
     if same_value(gold, answer):
         return True
+    bare = without_degrees(gold), without_degrees(answer)
+    if rules.degrees_either and bare != (gold, answer):
+        return matches(*bare, rules)
     return _rounds(gold, answer, rules)
+
+
+def without_degrees(node: Node) -> Node:
+    """The tree without degree signs outside of functions, whose arguments they are part of."""
+    if node[0] == "deg":
+        return without_degrees(node[1])
+    if node[0] in ("add", "mul"):
+        return (node[0], tuple(map(without_degrees, node[1])))
+    if node[0] in ("neg", "div"):
+        return (node[0], *map(without_degrees, node[1:]))
+    return node
 
 
 def _rounds(gold: Node, answer: Node, rules: Rules) -> bool:

@@ -160,6 +160,7 @@ HANDLERS: dict[str, Callable[[SympyBuilder, Node], Expression]] = {
     "root": _root,
     "fact": _factorial,
     "pct": lambda self, node: self.build(node[1]) / 100,
+    "deg": lambda self, node: self.build(node[1]) * self.sympy.pi / 180,
     "fn": _function,
     "call": _call,
     **dict.fromkeys(("sum", "prod", "int", "lim", "diff"), SympyBuilder.operator),

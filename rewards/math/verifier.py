@@ -18,11 +18,13 @@ from deltarl.rewards.math.parser import parse
 from deltarl.rewards.math.scalars import Rules
 from deltarl.rewards.math.symbolic import holds_operator
 from deltarl.rewards.math.sympy_trees import load_sympy
+from deltarl.rewards.math.wording import meaning, units_in
 from deltarl.rewards.types import Verdict
 
 Extraction = Literal["strict", "anchored", "lenient"]
 MAX_ANSWER_CHARS = 4000
 DECIMAL_COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})|-?0,\d+")
+TWO_NUMBERS = re.compile(r"-?[1-9]\d*,\d")
 TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|textit|mbox|textnormal|textrm)\s*\{([^{}]*)\}")
 SPACING = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|q?quad|displaystyle)(?![a-zA-Z])|\\[,;:! ]|~")
 BLANKS = re.compile(r"(?<![\d,]) | (?!\d)")
@@ -36,7 +38,7 @@ class Reading:
 
     flat: its characters without spacing. trees: what it says, twice where commas may stand between thousands or
     between items. words: it is made of words. unevaluated: it holds a sum, integral or the like. choice: the letter
-    of a multiple choice that a gold stands for.
+    of a multiple choice that a gold stands for. units: those it states.
     """
 
     text: str
@@ -47,6 +49,7 @@ class Reading:
     words: bool = False
     unevaluated: bool = False
     choice: str | None = None
+    units: frozenset[str] = frozenset()
 
 
 class MathVerifier:
@@ -61,6 +64,9 @@ class MathVerifier:
     response that is nothing but an answer; "lenient" then the last math span and the last number.
     precision: significant digits from which a decimal may stand for an exact gold without a finite decimal (1/3, π).
     percent: "either" lets 28 and 28% stand for each other; "strict" reads 28% as 0.28 only.
+    degrees: "either" lets 30 and 30 degrees stand for each other; "strict" reads 30 degrees as pi/6 only.
+    units: with "agree" an answer may leave out the gold's unit or currency but not state another (3 hours is not 3
+    minutes; nothing is converted), "required" wants it stated, "ignore" reads past all of them.
     require_evaluated: an answer that leaves a sum, product, integral, limit or derivative to be worked out is wrong,
     unless the gold is of the same form; False works it out. A gold's is always worked out.
 
@@ -76,6 +82,8 @@ class MathVerifier:
         extraction: Extraction = "anchored",
         precision: int = 6,
         percent: Literal["either", "strict"] = "either",
+        degrees: Literal["either", "strict"] = "either",
+        units: Literal["agree", "required", "ignore"] = "agree",
         require_evaluated: bool = True,
     ) -> None:
         if extraction not in ("strict", "anchored", "lenient"):
@@ -85,7 +93,12 @@ class MathVerifier:
         if precision < 1:
             raise ValueError(f"precision {precision}: give the significant digits, at least 1")
         self.extraction = extraction
-        self.rules = Rules(precision, percent == "either", require_evaluated)
+        if degrees not in ("either", "strict"):
+            raise ValueError(f"degrees {degrees!r}: use either or strict")
+        if units not in ("agree", "required", "ignore"):
+            raise ValueError(f"units {units!r}: use agree, required or ignore")
+        self.units = units
+        self.rules = Rules(precision, percent == "either", degrees == "either", require_evaluated)
 
     def warm_up(self) -> None:
         """Loads sympy, which takes longer than a deadline may be."""
@@ -131,7 +144,11 @@ class MathVerifier:
         """Raises LimitError and Conflict."""
         if gold.flat == answer.flat or _same_words(gold.flat, answer.flat):
             return True
-        if _decimal_comma(gold.flat, answer.flat) or _decimal_comma(answer.flat, gold.flat):
+        if not self.units_agree(gold.units, answer.units):
+            return False
+        if _decimal_comma(answer.flat, gold.flat) or (
+            _decimal_comma(gold.flat, answer.flat) and not TWO_NUMBERS.fullmatch(gold.flat)
+        ):
             return True
         if not gold.trees or not answer.trees:
             return False
@@ -140,6 +157,11 @@ class MathVerifier:
             (gold.trees[min(i, len(gold.trees) - 1)], answer.trees[min(i, len(answer.trees) - 1)]) for i in range(count)
         ]
         return any(equivalent(g, a, self.rules) for g, a in pairs)
+
+    def units_agree(self, gold: frozenset[str], answer: frozenset[str]) -> bool:
+        if self.units == "ignore" or not gold:
+            return True
+        return bool(gold & answer) or (self.units == "agree" and not answer)
 
     def answer_texts(self, response: str) -> list[str]:
         """The answer that the response states, as one text or, where words surround it, as the texts to try reading
@@ -161,7 +183,7 @@ class MathVerifier:
         """The letter of a multiple choice that the response settles on."""
         text = extract.without_thoughts(response)
         if extract.BOX.search(text) or self.extraction == "strict":
-            return letter_of(flattened(clean(texts[0]))) if texts else None
+            return letter_of(plain(clean(texts[0]))) if texts else None
         stated = extract.stated(text)
         if stated:
             return settled_on(stated)
@@ -177,7 +199,7 @@ def read_gold(text: str) -> Reading:
     if stated is None and (box := extract.BOX.match(text.lstrip("$ "))) is not None:
         stated = text.lstrip("$ ")[box.end() :]
     reading = replace(
-        read(text if stated is None else stated), choice=letter_of(stated or extract.stated(text) or text)
+        read(text if stated is None else stated), choice=_letter_of_gold(stated or extract.stated(text) or text)
     )
     if reading.trees:
         try:
@@ -195,6 +217,10 @@ def read_gold(text: str) -> Reading:
     return next((r for r in map(read, texts) if r.trees), reading)
 
 
+def _letter_of_gold(text: str) -> str | None:
+    return letter_of(plain(clean(text))) if len(text) <= MAX_ANSWER_CHARS else None
+
+
 def read(text: str) -> Reading:
     """A text read as an answer; `problem` says in one line why it has no tree."""
     if INTEGER.fullmatch(text):
@@ -205,13 +231,15 @@ def read(text: str) -> Reading:
     flat = flattened(cleaned)
     if not flat:
         return Reading(text, flat, (), "empty")
+    if (tree := meaning(flat)) is not None:
+        return Reading(text, flat, (tree,), words=True)
     try:
         trees = (parse(cleaned),)
         if has_thousands(cleaned):
             trees += (parse(cleaned, thousands=False),)
         unevaluated = any(map(holds_operator, trees))
         problem = "a sum, integral or the like stands unevaluated" if unevaluated else None
-        return Reading(text, flat, trees, problem, unevaluated=unevaluated)
+        return Reading(text, flat, trees, problem, unevaluated=unevaluated, units=units_in(text))
     except Unevaluated as error:
         return Reading(text, flat, (), str(error), unevaluated=True)
     except ParseError as error:
@@ -221,10 +249,14 @@ def read(text: str) -> Reading:
 
 
 def flattened(cleaned: str) -> str:
-    """The text without commands that only set words or space, and without blanks that separate nothing."""
-    text = TEXT_COMMAND.sub(r" \1 ", cleaned)
-    text = SPACING.sub(" ", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    return BLANKS.sub("", " ".join(text.split())).strip("*. ")
+    """The text in plain words, and without blanks that separate nothing."""
+    return BLANKS.sub("", plain(cleaned)).rstrip("*. ").lstrip("* ")
+
+
+def plain(cleaned: str) -> str:
+    """The text without commands that only set words or space."""
+    text = SPACING.sub(" ", TEXT_COMMAND.sub(r" \1 ", cleaned)).replace("\\ldots", "...").replace("\\dots", "...")
+    return " ".join(text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").split())
 
 
 def _texts(gold: str | Sequence[str] | None) -> list[str]:

@@ -12,6 +12,8 @@ import pytest
 
 from deltarl.rewards import STATUSES
 from deltarl.rl.cli import main
+from deltarl.rl.errors import UserError
+from deltarl.rl.verify import read_rows
 
 GOOD = {"gold": "4", "pred": "2+2", "expected": True}
 
@@ -143,12 +145,20 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize(("row", "says"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_refused_rows(verify, row, says):
-    code, out, err = verify([GOOD, row])
-    (line,) = err.splitlines()
+def test_refused_rows(tmp_path, monkeypatch, row, says):
+    monkeypatch.chdir(tmp_path)
+    line = row if isinstance(row, bytes) else json.dumps(row).encode()
+    Path("rows.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + line)
+    with pytest.raises(UserError) as refused:
+        list(read_rows(["rows.jsonl"]))
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_bad_row_ends_the_command_with_one_line(verify):
+    code, out, err = verify([GOOD, {"gold": "4"}])
     assert (code, out) == (2, "")
-    assert line.startswith("deltarl: error: ")
-    assert says in line
+    assert err == "deltarl: error: rows.jsonl:2: no pred or response\n"
 
 
 BAD_ARGUMENTS = {

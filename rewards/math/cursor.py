@@ -15,10 +15,16 @@ class Cursor:
         return self.tokens[self.at][1] if self.at < len(self.tokens) else ""
 
     def op(self, *values: str) -> bool:
-        return self.kind() == "op" and self.value() in values
+        if self.at >= len(self.tokens):
+            return False
+        kind, value, _ = self.tokens[self.at]
+        return kind == "op" and value in values
 
     def accept(self, *values: str) -> bool:
-        found = self.op(*values)
+        if self.at >= len(self.tokens):
+            return False
+        kind, value, _ = self.tokens[self.at]
+        found = kind == "op" and value in values
         self.at += found
         return found
 

@@ -1,21 +1,23 @@
 """The answer that a response states, found by anchors and never by guessing inside of the reasoning.
 
 A response may be a megabyte of anything: every search here takes time in proportion to its length. No two repeats of
-one pattern may share characters, and no span is looked for from a start that another start follows.
+one pattern may share characters, and no span is looked for from a start that another start follows. A pattern that is
+searched for in whole responses begins with a set of characters, by which the regex engine skips ten times faster.
 """
 
 import re
 
-BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*(?:\{|(?P<bare>\d))|\x08oxed\{")
+BOX = re.compile(r"[\\\x08](?:(?<=\\)\\?(?:boxed|fbox)\s*(?:\{|(?P<bare>\d))|(?<=\x08)oxed\{)")
 THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
 THOUGHT_END = re.compile(r"</think(?:ing)?>|</REASONING_END>")
 THOUGHT_START = re.compile(r"<think(?:ing)?>")
-BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+BRACES = re.compile(r"[{}\\](?:(?<=\\).)?", re.DOTALL)
 AND = re.compile(r"(?:\s|[$,;.&]|\\[()\[\],;: ]|\\text\s*\{[^{}]{0,40}\}|\\q?quad|\band\b|\bor\b)*")
 NEAR_BOXES = re.compile(r"\s*(?:\w+\s+){0,2}(?:and|or|,)\s*")
 LABEL_BEFORE_BOX = re.compile(r"(?<![A-Za-z0-9\\{}])(?P<label>[A-Za-z](?:_\w|_\{\w{1,3}\})?)\s*=\s*\$?\s*$")
+PHRASE_WORD = re.compile(r"[aArRsS\u017f\u7b54](?:(?i:nswer|esult|olution|\xe9ponse)|\u6848)")
 PHRASE = re.compile(
-    r"(?:\bfinal\s+answer|\banswer|\bfinal\s+result|\bresult|\bsolutions?|\u7b54\u6848|\br\xe9ponse)\s*"
+    r"(?:\b(?:answer|result|solutions?|r\xe9ponse)|\u7b54\u6848)\s*"
     r"(?:\*{1,2}\s*)?(?:is\b|are\b|est\b|=|:|\uff1a|\u662f|\u4e3a)[\s:*]*(?:\bis\b\s*|\btherefore\b,?\s*|\bequals?\b\s*|:)?",
     re.IGNORECASE,
 )
@@ -107,11 +109,11 @@ def closing_brace(text: str, start: int) -> int | None:
 
 def after_phrase(text: str) -> str | None:
     """What follows the last "the final answer is", up to the end of the sentence."""
-    found = list(PHRASE.finditer(text))
-    if not found:
-        return None
-    end = found[-1].end()
-    return statement(text[end : end + MAX_STATEMENT_CHARS].lstrip("*: \n")) or None
+    for word in reversed(list(PHRASE_WORD.finditer(text))):
+        if phrase := PHRASE.match(text, word.start()):
+            end = phrase.end()
+            return statement(text[end : end + MAX_STATEMENT_CHARS].lstrip("*: \n")) or None
+    return None
 
 
 def statement(tail: str) -> str:

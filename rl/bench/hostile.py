@@ -74,7 +74,7 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         "zero width between digits": "7\u200b7",
         "right to left": "\u202e8 7",
         "null byte": "7\x008",
-        "surrogate": "7\ud800",
+        "surrogate": "8\ud800",
         "nan": "nan",
         "infinity": "\\infty",
         "0/0": "\\frac{0}{0}",

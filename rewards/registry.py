@@ -21,9 +21,11 @@ BUILT_IN = {
     "exact": "deltarl.rewards.simple:ExactVerifier",
     "numeric": "deltarl.rewards.simple:NumericVerifier",
     "code": "deltarl.rewards.code:CodeVerifier",
+    "ifeval": "deltarl.rewards.ifeval:IfevalVerifier",
     "format": "deltarl.rewards.format:FormatVerifier",
     "length": "deltarl.rewards.length:LengthVerifier",
     "multiple_choice": "deltarl.rewards.choice:MultipleChoiceVerifier",
+    "reasoning_gym": "deltarl.rewards.reasoning_gym:ReasoningGymVerifier",
     "combine": "deltarl.rewards.combine:CombineVerifier",
 }
 

@@ -87,6 +87,7 @@ GLUED = [
     (re.compile(r"\\q?quad(?=[a-zA-Z])"), " "),
     (re.compile(r"(?<=[\d)}\]])\s*(or|and)(?=[A-Z(\d\\\s])"), r" \1 "),
 ]
+TWICE_ESCAPED = re.compile(r"(?<!\\)\\\\+(?=[a-zA-Z{}])")
 MATH_MARKS = re.compile(r"\\\$|\$|\\\(|\\\)|\\\[|\\\](?!\{)")
 GROUPED = re.compile(r"(?<=\d)(?:,\\!\s*|\s*\{,\s*\}\s*|\\[,;:]\s*|\\ )(?=\d{3}(?!\d))")
 SPACED_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3})((?: \d{3})+)(?![\d/])(?! \d)")
@@ -123,7 +124,7 @@ def clean(text: str) -> str:
     for pattern, replacement in GLUED:
         text = pattern.sub(replacement, text)
     if "\\begin" not in text:
-        text = re.sub(r"\\\\+(?=[a-zA-Z{}])", r"\\", text)
+        text = TWICE_ESCAPED.sub(r"\\", text)
     text = GROUPED.sub("", MATH_MARKS.sub(" ", text)).strip()
     if "." in text or "_" in text:
         text = REPEATING.sub(_repeating, DECIMAL_DOTS.sub(r"\1", BASED_IN_BRACKETS.sub(r"\1", text)))

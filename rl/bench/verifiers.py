@@ -141,6 +141,8 @@ def read_solutions(paths: Iterable[Any]) -> list[Solution]:
                 raise UserError(
                     f"{path}, line {number}: {type(error).__name__} {error}; give gold, response and expected"
                 ) from error
+        if not solutions:
+            raise UserError(f"{path} holds no rows: give a .jsonl file with gold, response and expected")
     return solutions
 
 
@@ -148,7 +150,7 @@ def speed_rows(solutions: Sequence[Solution]) -> list[Row]:
     """Solutions a second in one process, all and by kind: the best of a few passes, each in a fresh process."""
     best = []
     for spec in (OURS, PEER):
-        say(f"speed of {spec.name} in one process")
+        say(f"speed of {label(spec)} in one process")
         passes = [in_fresh_process(pass_seconds, spec, solutions) for _ in range(REPEATS)]
         best.append({kind: min(seconds[kind] for seconds in passes) for kind in passes[0]})
         best[-1]["all"] = min(sum(seconds.values()) for seconds in passes)
@@ -221,7 +223,7 @@ def accuracy_rows(solutions: Sequence[Solution], workers: int) -> list[Row]:
 
 def wrong_verdicts(spec: VerifierSpec, solutions: Sequence[Solution], workers: int) -> Counter[tuple[str, bool]]:
     """How often a verdict is not the one expected, by (kind, expected)."""
-    say(f"accuracy of {spec.name}")
+    say(f"accuracy of {label(spec)}")
     with VerifierHost(spec, workers, timeout=CASE_SECONDS) as host:
         verdicts = host.verify([(solution.response, solution.gold, None) for solution in solutions])
     return Counter(
@@ -235,7 +237,7 @@ def hostile_rows(cases: Sequence[Hostile]) -> list[Row]:
     """Late answers, wrong positives and lost processes."""
     found = []
     for spec in (OURS, PEER):
-        say(f"hostile responses to {spec.name}")
+        say(f"hostile responses to {label(spec)}")
         found.append(hostile_names(spec, cases))
     return [
         Row("hostile", unit, len(cases), len(ours), len(peers), ours_are=ours, peer_are=peers)
@@ -258,6 +260,10 @@ def hostile_names(spec: VerifierSpec, cases: Sequence[Hostile]) -> tuple[list[st
             if not after or (before and after != before):
                 lost.append(case.name)
     return late, positive, lost
+
+
+def label(spec: VerifierSpec) -> str:
+    return "math-verify" if spec is PEER else spec.name
 
 
 def say(stage: str) -> None:

@@ -65,6 +65,7 @@ def test_peer(response, gold, status):
     [
         (["--data", "none.jsonl"], "no file none.jsonl"),
         (["--data", "bad.jsonl"], "bad.jsonl, line 2: KeyError 'expected'"),
+        (["--data", "blank.jsonl"], "blank.jsonl holds no rows"),
         (["--cases", "empty"], "empty holds no .jsonl file"),
         (["--workers", "0"], "give at least 1"),
     ],
@@ -72,6 +73,7 @@ def test_peer(response, gold, status):
 def test_refused(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    Path("blank.jsonl").touch()
     Path("bad.jsonl").write_text('{"gold": "7", "pred": "7", "expected": true}\n{"gold": "7", "pred": "7"}\n')
     assert main(["bench", "verifiers", *arguments]) == 2
     assert says in capsys.readouterr().err

@@ -26,6 +26,7 @@ ACCENTS = frozenset(
         "underline",
     ]
 )
+SAME_ACCENTS = {"bar": "overline", "widehat": "hat", "overrightarrow": "vec"}
 CALL_NAMES = frozenset("fghFGHWPQTNC")
 CLOSING_CORNERS = {"lfloor": "rfloor", "lceil": "rceil", "llcorner": "lrcorner", "ulcorner": "urcorner"}
 CLOSERS = {"langle": ("rangle",), "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "\\{": ("\\}",)}
@@ -260,7 +261,7 @@ class Atoms(Operators):
         if name in ("angle", "triangle", "measuredangle"):
             return self.power()
         if name in ACCENTS:
-            return self.symbol(f"{name}({flat_name(self.argument())})")
+            return self.symbol(f"{SAME_ACCENTS.get(name, name)}({flat_name(self.argument())})")
         if name == "begin":
             return self.environment()
         if name in UNEVALUATED:

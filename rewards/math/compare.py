@@ -12,7 +12,7 @@ from deltarl.rewards.math.nodes import Node, names
 from deltarl.rewards.math.piecewise import same_cases
 from deltarl.rewards.math.renaming import in_golds_names, with_argument_renamed, without_integer_clause
 from deltarl.rewards.math.scalars import Rules, matches, same_up_to_factor, same_value
-from deltarl.rewards.math.symbolic import evaluated, holds_operator, same_zeros
+from deltarl.rewards.math.symbolic import OPERATORS, evaluated, holds_operator, same_zeros
 
 MAX_ITEMS = 100
 MAX_FREE_SIGNS = 4
@@ -31,11 +31,20 @@ def equivalent(gold: Node, answer: Node, rules: Rules) -> bool:
             return True
         if holds_operator(gold) or holds_operator(answer):
             if rules.require_evaluated and holds_operator(_stated(answer)):
-                return split_label(gold)[1] == split_label(answer)[1]
+                return _same_form(split_label(gold)[1], split_label(answer)[1])
             gold, answer = evaluated(gold), evaluated(answer)
         return _Comparison(rules).same(gold, answer)
     except (Undefined, ParseError):
         return False
+
+
+def _same_form(gold: Node, answer: Node) -> bool:
+    """The same sum, integral or the like, over the same range: the term may be written in another way."""
+    if gold == answer:
+        return True
+    if gold[0] not in OPERATORS or gold[0] != answer[0] or holds_operator(gold[1]) or holds_operator(answer[1]):
+        return False
+    return gold[2:] == answer[2:] and same_value(gold[1], answer[1])
 
 
 def _stated(answer: Node) -> Node:

@@ -28,6 +28,10 @@ class Cursor:
         self.at += found
         return found
 
+    def taken(self) -> Token:
+        self.at += 1
+        return self.tokens[self.at - 1]
+
     def expect(self, *values: str) -> str:
         if not self.op(*values):
             raise ParseError(f"expected {values[0]!r}, found {self.value()!r}")

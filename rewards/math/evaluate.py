@@ -328,7 +328,7 @@ def _mod(self: Evaluator, value: Number, modulus: Number) -> Number:
 
 
 def _extreme(pick: Callable) -> Callable:
-    return lambda self, *values: pick((_real(self, v) for v in values), key=self.inexact)
+    return lambda self, *values: pick((_real(self, v) for v in values), key=lambda v: self.inexact(v).real)
 
 
 def _common(pick: Callable) -> Callable:

@@ -1,8 +1,8 @@
 """The grammar of sums, products, integrals, limits and derivatives.
 
 Their nodes are (kind, body, name, ...): sum and prod with (low, high), int with (low, high), lim with (target, side),
-diff with nothing more. The bound name is rewritten to #0, #1, ... from the inside out, so that the choice of a letter
-does not matter to equality.
+diff and prim, an integral without bounds, with nothing more. The bound name is rewritten to #0, #1, ... from the inside
+out, so that the choice of a letter does not matter to equality.
 """
 
 from abc import ABC, abstractmethod
@@ -54,6 +54,8 @@ class Operators(Cursor, ABC):
                 self.at += 1
             else:
                 marks[mark] = self.argument() if mark == "_" else self.exponent()
+        if command == "int" and not marks:
+            return self.integral()
         if set(marks) != {"_", "^"}:
             raise Unevaluated(f"\\{command} without both of its bounds")
         if command == "int":
@@ -63,7 +65,7 @@ class Operators(Cursor, ABC):
             raise Unevaluated(f"\\{command} over something other than a range")
         return bound(KINDS[command], self.term(), low[1][0], (low[1][1], marks["^"]))
 
-    def integral(self, low: Node, high: Node) -> Node:
+    def integral(self, *ends: Node) -> Node:
         depth, inner = 0, 0
         for at in range(self.at, len(self.tokens) - 1):
             kind, value, _ = self.tokens[at]
@@ -79,7 +81,7 @@ class Operators(Cursor, ABC):
                 name, inside = ("sym", self.tokens[at + 1][1]), self.tokens[self.at : at]
                 body = self.inner(inside) if inside else ("num", Fraction(1), 0)
                 self.at = at + 2
-                return bound("int", body, name, (low, high))
+                return bound("int", body, name, ends) if ends else ("prim", body, name)
         raise Unevaluated("\\int without its differential")
 
     def limit(self) -> Node:

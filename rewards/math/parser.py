@@ -208,6 +208,8 @@ class _Parser(Atoms):
             return self.argument()
         if self.accept("'"):
             return ("sym", "'")
+        if self.kind() in ("num", "sym") and [token[1] for token in self.tokens[self.at + 1 : self.at + 2]] == ["_"]:
+            return self.inner([self.taken()])
         node = self.postfix(self.atom())
         return ("pow", node, self.exponent()) if self.accept("^") else node
 

@@ -23,8 +23,7 @@ MAX_OPERAND_PARTS = 60
 MAX_OPERATORS = 4
 PART_PRICE = 6
 
-OPERATORS = ("sum", "prod", "int", "lim", "diff")
-FAILURES = (NotImplementedError, ValueError, TypeError, ArithmeticError, AttributeError)
+OPERATORS = ("sum", "prod", "int", "prim", "lim", "diff")
 
 
 class NoClosedForm(ParseError):
@@ -80,14 +79,19 @@ def _closed_form(node: Node) -> Node:
     _check_size(node, MAX_OPERAND_PARTS)
     _check_values_at_ends(node)
     builder = SympyBuilder("real")
-    try:
-        with paid_by_the_call():
-            value = builder.build(node).doit(manual=True)
-            return to_node(_generic_branches(builder.sympy, value))
-    except FAILURES as error:
-        if isinstance(error, LimitError):
-            raise
-        raise NoClosedForm(f"no closed form: {error}") from error
+    with paid_by_the_call():
+        operator = builder.build(node)
+        try:
+            value = operator.doit(manual=True)
+        except _refusals(builder.sympy) as error:
+            raise NoClosedForm(f"no closed form: {error}") from error
+        return to_node(_generic_branches(builder.sympy, value))
+
+
+def _refusals(sympy: Any) -> tuple[type[Exception], ...]:
+    """What sympy raises for a question that it does not answer: no algorithm for it, arguments outside of the one that
+    there is, a polynomial in what is none, a pole."""
+    return NotImplementedError, ValueError, sympy.PolynomialError, sympy.PoleError
 
 
 def _check_values_at_ends(node: Node) -> None:
@@ -122,15 +126,10 @@ def proves_equal(left: Node, right: Node, *assumptions: Assumption) -> bool:
         _check_size(node, MAX_PARTS)
     for assumption in assumptions:
         builder = SympyBuilder(assumption)
-        try:
-            with paid_by_the_call():
-                difference = builder.build(left) - builder.build(right)
-                if any(form == 0 for form in _forms(builder.sympy, difference)):
-                    return True
-        except FAILURES as error:
-            if isinstance(error, LimitError):
-                raise
-            return False
+        with paid_by_the_call():
+            difference = builder.build(left) - builder.build(right)
+            if any(form == 0 for form in _forms(builder.sympy, difference)):
+                return True
         if difference.has(*_kinked(builder.sympy)):
             return False
     return False
@@ -152,6 +151,13 @@ def _forms(sympy: Any, difference: Expression) -> Iterator[Expression]:
     yield sympy.expand(difference)
     if sum(1 for _ in sympy.preorder_traversal(difference)) > MAX_SIMPLIFIED:
         raise LimitError(f"an identity of more than {MAX_SIMPLIFIED} parts")
+    try:
+        yield from _rewritten(sympy, difference)
+    except _refusals(sympy):
+        return
+
+
+def _rewritten(sympy: Any, difference: Expression) -> Iterator[Expression]:
     if difference.has(*_kinked(sympy)):
         yield sympy.expand(difference.rewrite((sympy.Max, sympy.Min), sympy.Abs).rewrite(sympy.floor))
     if difference.has(sympy.log):
@@ -197,18 +203,15 @@ def same_zeros(left: Node, right: Node) -> bool:
         quotient(node)
     builder = SympyBuilder("real")
     sympy = builder.sympy
-    try:
-        with paid_by_the_call():
-            (top, bottom), (other, below) = (
-                sympy.fraction(sympy.cancel(sympy.together(builder.build(node)))) for node in (left, right)
-            )
+    with paid_by_the_call():
+        built = [builder.build(node) for node in (left, right)]
+        try:
+            (top, bottom), (other, below) = (sympy.fraction(sympy.cancel(sympy.together(value))) for value in built)
             if other == 0 or top == 0 or not sympy.cancel(top / other).is_number:
                 return False
             return sympy.cancel(bottom / below).is_number or all(_apart(sympy, top, b) for b in (bottom, below))
-    except (*FAILURES, sympy.PolynomialError) as error:
-        if isinstance(error, LimitError):
-            raise
-        return False
+        except _refusals(sympy):
+            return False
 
 
 def _apart(sympy: Any, numerator: Expression, denominator: Expression) -> bool:

@@ -136,6 +136,8 @@ def _function(self: SympyBuilder, node: Node) -> Expression:
         return self.sympy.log(arguments[0]) / self.sympy.log(arguments[1])
     if name not in FUNCTIONS:
         raise NotANumber(f"no symbolic {name}")
+    if name in ("max", "min") and any(a.is_extended_real is False for a in arguments):
+        raise Undefined("an order of complex numbers")
     if name == "binom" and any(a.is_number and not abs(a) <= MAX_FACTORIAL for a in arguments):
         raise LimitError(f"a binomial coefficient past {MAX_FACTORIAL} in a symbolic expression")
     return getattr(self.sympy, FUNCTIONS[name])(*arguments)

@@ -146,6 +146,8 @@ class MathVerifier:
             return True
         if not self.units_agree(gold.units, answer.units):
             return False
+        if INTEGER.fullmatch(gold.flat) and INTEGER.fullmatch(answer.flat):
+            return int(gold.flat) == int(answer.flat)
         if _decimal_comma(answer.flat, gold.flat) or (
             _decimal_comma(gold.flat, answer.flat) and not TWO_NUMBERS.fullmatch(gold.flat)
         ):

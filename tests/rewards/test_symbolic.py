@@ -109,7 +109,9 @@ def test_a_sum_is_worked_out_in_a_gold_and_in_an_answer_only_on_demand(value, fo
 
 def test_a_sum_beside_a_gold_of_the_same_form():
     assert status("S=\\sum_{j=1}^{n} j", "\\sum_{k=1}^n k") == "correct"
-    assert status("\\sum_{j=1}^{n} (j+0)", "\\sum_{k=1}^n k") == "incorrect"
+    assert status("\\sum_{j=1}^{n} j(j+1)", "\\sum_{k=1}^n (k^2+k)") == "correct"
+    assert status("\\sum_{j=1}^{n} j^2", "\\sum_{k=1}^n k") == "incorrect"
+    assert status("\\sum_{j=0}^{n-1} (j+1)", "\\sum_{k=1}^n k") == "incorrect"
     assert status("S=\\sum_{k=1}^{100} k=5050", "5050") == "correct"
     assert status("S=\\sum_{k=1}^{100} k=5051", "5051") == "incorrect"
     assert status("\\sum_{k=1}^{3} F_k", "3F_k", working_out) == "incorrect"

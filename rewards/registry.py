@@ -22,6 +22,7 @@ BUILT_IN = {
     "numeric": "deltarl.rewards.simple:NumericVerifier",
     "code": "deltarl.rewards.code:CodeVerifier",
     "ifeval": "deltarl.rewards.ifeval:IfevalVerifier",
+    "judge": "deltarl.rewards.judge:JudgeVerifier",
     "format": "deltarl.rewards.format:FormatVerifier",
     "length": "deltarl.rewards.length:LengthVerifier",
     "multiple_choice": "deltarl.rewards.choice:MultipleChoiceVerifier",

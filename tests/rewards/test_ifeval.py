@@ -92,7 +92,7 @@ def test_scores_of_several_instructions():
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (gold(("startend:quotations", {})), "unknown instruction 'startend:quotations': did you mean 'startend:quotation'?"),
+        (gold(("startend:quotations", {})), "unknown instruction 'startend:quotations': did you mean"),
         (gold(("startend:end_checker", {})), "lacks its argument end_phrase"),
         (gold(("startend:end_checker", {"end_phrase": None})), "lacks its argument end_phrase"),
         (gold(("startend:quotation", {"mark": "'"})), "has no argument 'mark': it takes none"),

@@ -1,66 +1,49 @@
 """A warm pool of processes that run a verifier, each task under a deadline.
 
 The processes are started with a plain `exec` of the interpreter, never forked and never re-importing the parent's main
-module: the parent may hold torch, vLLM and a GPU. Each is owned by one thread of the parent (a slot), which sends it
-tasks, waits for each answer as long as the deadline allows, and replaces it when it hangs or dies.
+module: the parent may hold torch, vLLM and a GPU. Each is owned by one thread of the parent (slot.py), which takes
+tasks from a queue (tasks.py), waits for each answer as long as the deadline allows, and replaces a process that hangs
+or dies.
 """
 
+import asyncio
 import atexit
-import contextlib
-import json
 import os
-import signal
-import subprocess
-import sys
+import pickle
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, as_completed
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, NoReturn
 
 from deltarl.rewards.registry import VerifierLoadError, absolute_spec
+from deltarl.rewards.slot import Slot, failed
+from deltarl.rewards.tasks import HostClosed, Task, TaskQueue
 from deltarl.rewards.types import STATUSES, Status, Verdict, VerifierSpec
 from deltarl.rewards.worker import plain
 
 Item = tuple[str, str | Sequence[str], Mapping[str, Any] | None]
 
-START_SECONDS = 120.0
-CRASH_ATTEMPTS = 3
-BATCH_TASKS = 32
-BATCH_CHARS = 1 << 20
-LATENCIES_KEPT = 100_000
 UNUSABLE = ("gold_error", "timeout", "limit", "error")
-BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from deltarl.rewards.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
-)
-
-
-class HostClosed(RuntimeError):
-    """The host was closed before it answered."""
-
-
-@dataclass(slots=True)
-class _Task:
-    message: tuple
-    size: int
-    counted: bool
-    future: Future = field(default_factory=Future)
-    crashes: int = 0
 
 
 class VerifierHost:
-    """Runs a verifier in `workers` processes; usable from any number of threads.
+    """Runs a verifier in `workers` processes; usable from any number of threads and event loops of one process.
 
     spec: what to run (VerifierSpec, or its name). timeout: seconds for one task, counted from when its worker is given
-    it. memory_mb: private memory of a worker. max_response_chars, max_gold_chars: longer ones get status "limit"
-    without being sent.
+    it, or from the worker's last answer where it was given several; a worker's start does not count. memory_mb: private
+    memory of a worker. max_pending: tasks that wait at most: `submit` blocks beyond. max_response_chars,
+    max_gold_chars: longer ones get status "limit" without being sent.
 
     Status "timeout", "limit" and "error" score 0.0. A worker that dies is replaced and its task tried again, up to
-    three times in all, so that a process killed from outside changes no verdict. Raises VerifierLoadError when the
-    verifier does not load.
+    three times in all, so that a process killed from outside changes no verdict; where all workers die one after the
+    other without an answer, each task is tried once and starts are spaced out, up to 3.2 s. A task that ran out of
+    memory in a worker that had served others is tried again in a fresh one.
+
+    The host belongs to the process that made it. A worker dies with that process, however it ends; what a verifier
+    starts dies with its worker unless it leaves the worker's process group.
+
+    Raises VerifierLoadError when the verifier does not load, ValueError for a number that makes no sense.
     """
 
     def __init__(
@@ -70,6 +53,7 @@ class VerifierHost:
         timeout: float = 5.0,
         memory_mb: int = 2048,
         *,
+        max_pending: int = 1024,
         max_response_chars: int = 1_000_000,
         max_gold_chars: int = 100_000,
     ) -> None:
@@ -77,22 +61,27 @@ class VerifierHost:
             raise ValueError(f"workers is {workers}: a verifier host needs at least 1")
         if timeout <= 0:
             raise ValueError(f"timeout is {timeout}: give the seconds one verification may take")
+        if max_pending < 1:
+            raise ValueError(f"max_pending is {max_pending}: at least 1 task must be able to wait")
         self.spec = absolute_spec(VerifierSpec(spec) if isinstance(spec, str) else spec)
         self.timeout = timeout
         self.memory_mb = memory_mb
+        self.max_pending = max_pending
         self.max_response_chars = max_response_chars
         self.max_gold_chars = max_gold_chars
-        self._queue: deque[_Task] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._counts: Counter[str] = Counter()
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
-        self._slots = [_Slot(self, index) for index in range(workers)]
+        self._process = os.getpid()
+        setup = _pickled_setup(self.spec, memory_mb)
+        self._queue = TaskQueue(max_pending, workers)
+        self._slots: list[Slot] = []
         atexit.register(self.close)
-        problems = [slot.started.result() for slot in self._slots]
-        if any(problems):
+        try:
+            for _ in range(workers):
+                self._slots.append(Slot(self._queue, self.spec.name, setup, timeout))
+            for slot in self._slots:
+                slot.ready.result()
+        except BaseException:
             self.close()
-            raise VerifierLoadError(next(p for p in problems if p))
+            raise
 
     def __enter__(self) -> "VerifierHost":
         return self
@@ -100,200 +89,159 @@ class VerifierHost:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("a verifier host stays in its process: send its spec, and open a host there")
+
     def submit(self, item: Item) -> "Future[Verdict]":
-        """Queues one (response, gold, meta) and returns the future of its verdict. Raises HostClosed."""
+        """Queues one (response, gold, meta) and returns the future of its verdict; blocks while more than `max_pending`
+        tasks wait. Raises HostClosed, here or from the future."""
         return self._submit("verify", item)
 
     def verify(self, items: Sequence[Item], progress: Callable[[int, int], None] | None = None) -> list[Verdict]:
         """The verdicts of all items, in their order; `progress(done, total)` is called as they come in."""
-        return self._gather([self.submit(item) for item in items], progress)
+        return self._in_order("verify", items, progress)
+
+    def as_completed(self, items: Iterable[Item]) -> Iterator[tuple[int, Verdict]]:
+        """(index, verdict) as they come in. At most `max_pending` items are taken ahead of the verdicts handed out, so
+        that `items` may be endless. Closing the iterator cancels what still waits."""
+        return self._as_completed("verify", items)
+
+    async def averify(self, item: Item) -> Verdict:
+        """The verdict of one item. Never blocks the event loop: each coroutine that waits is its own place in line."""
+        return await asyncio.wrap_future(self._put("verify", item))
+
+    async def as_completed_async(
+        self, items: Iterable[Item] | AsyncIterable[Item]
+    ) -> AsyncIterator[tuple[int, Verdict]]:
+        """As `as_completed`, for `async for`; never blocks the event loop, except in what `items` itself does."""
+        done: asyncio.Queue[tuple[int, asyncio.Future[Verdict]]] = asyncio.Queue()
+        ahead = asyncio.Semaphore(self.max_pending)
+        waiting: set[asyncio.Future[Verdict]] = set()
+
+        async def feed() -> None:
+            index = 0
+            async for item in _asynchronously(items):
+                await ahead.acquire()
+                future = asyncio.wrap_future(self._put("verify", item))
+                waiting.add(future)
+                future.add_done_callback(lambda future, index=index: done.put_nowait((index, future)))
+                index += 1
+
+        feeder = asyncio.create_task(feed())
+        feeder.add_done_callback(lambda feeder: done.put_nowait((-1, feeder)))
+        feeding = True
+        try:
+            while feeding or waiting:
+                index, future = await done.get()
+                if future is feeder:
+                    feeder.result()
+                    feeding = False
+                    continue
+                waiting.discard(future)
+                ahead.release()
+                yield index, future.result()
+        finally:
+            feeder.cancel()
+            for future in waiting:
+                future.cancel()
 
     def check_golds(self, golds: Sequence[str | Sequence[str]]) -> list[Verdict]:
         """For each gold a verdict whose status is gold_error, with the reason, when it cannot be graded against."""
-        return self._gather([self._submit("check", ("", gold, None)) for gold in golds], None)
+        return self._in_order("check", [("", gold, None) for gold in golds], None)
 
     def counts(self) -> dict[Status, int]:
         """Verdicts given so far, by status."""
-        return {status: self._counts[status] for status in STATUSES}
+        with self._queue.lock:
+            return {status: self._queue.counts[status] for status in STATUSES}
 
     def latency(self) -> dict[str, float]:
-        """Milliseconds inside the verifier: p50_ms, p99_ms, max_ms over the last 100 000 tasks; empty without any."""
-        with self._changed:
-            values = sorted(self._latencies)
-        if not values:
-            return {}
-        at = [values[min(len(values) - 1, int(len(values) * share))] for share in (0.5, 0.99)]
-        return {"p50_ms": at[0] * 1e3, "p99_ms": at[1] * 1e3, "max_ms": values[-1] * 1e3}
+        """Milliseconds inside the verifier: p50_ms, p99_ms (both within 5 %) and max_ms of all tasks so far; a task
+        that was cut off counts with its deadline. Empty without any."""
+        with self._queue.lock:
+            seen = self._queue.latencies
+            if not seen.total:
+                return {}
+            p50, p99 = seen.percentile(0.5), seen.percentile(0.99)
+            return {"p50_ms": p50 * 1e3, "p99_ms": p99 * 1e3, "max_ms": seen.longest * 1e3}
+
+    def latency_histogram(self) -> list[tuple[float, float, int]]:
+        """(from seconds, to seconds, tasks) of each bucket that is not empty; edges are a factor 1.047 apart."""
+        with self._queue.lock:
+            return self._queue.latencies.rows()
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that run now."""
-        return [slot.process.pid for slot in self._slots if slot.process is not None]
+        return [worker.process.pid for slot in self._slots if (worker := slot.worker) is not None]
 
     def close(self) -> None:
-        """Cancels what waits, ends every worker and waits for it; calling it again does nothing."""
-        with self._changed:
-            if not self._closed:
-                self._closed = True
-                for task in self._queue:
-                    task.future.cancel()
-                self._queue.clear()
-                self._changed.notify_all()
+        """Fails what is unanswered with HostClosed and ends every worker: one that is busy or starting at once, an idle
+        one may leave by itself for up to 2 s. Waits for them. Does nothing when called again, or in a fork."""
+        if os.getpid() != self._process:
+            return
+        idle = self._queue.close()
+        for slot in self._slots:
+            if slot not in idle:
+                slot.kill()
+        for slot in self._slots:
+            if slot.thread is not threading.current_thread():
+                slot.thread.join()
         atexit.unregister(self.close)
-        for slot in self._slots:
-            slot.stop()
-        for slot in self._slots:
-            slot.thread.join()
 
-    def _submit(self, kind: str, item: Item) -> "Future[Verdict]":
+    def _put(self, kind: str, item: Item) -> "Future[Verdict]":
+        if os.getpid() != self._process:
+            raise HostClosed(f"this verifier host belongs to process {self._process}: open one in this process")
         response, gold, meta = item
+        if not isinstance(response, str):
+            raise TypeError(f"response is a {type(response).__name__}: give the text")
         golds = [gold] if isinstance(gold, str) else [str(g) for g in gold or ()]
-        task = _Task((kind, response, gold if isinstance(gold, str) else golds, plain(meta or {})), 0, kind == "verify")
+        message = (kind, str(response), str(gold) if isinstance(gold, str) else golds, plain(meta or {}))
         gold_chars = sum(map(len, golds))
-        task.size = len(response) + gold_chars
+        task = Task(message, len(response) + gold_chars, counted=kind == "verify")
         if len(response) > self.max_response_chars:
             reason = f"response of {len(response)} characters, limit {self.max_response_chars}"
-            return self._settle(task, _failed("limit", reason))
-        if gold_chars > self.max_gold_chars:
-            return self._settle(task, _failed("limit", f"gold of {gold_chars} characters, limit {self.max_gold_chars}"))
-        with self._changed:
-            if self._closed:
-                raise HostClosed("the verifier host is closed: make a new one")
-            self._queue.append(task)
-            self._changed.notify()
+            self._queue.settle(task, failed("limit", reason))
+        elif gold_chars > self.max_gold_chars:
+            reason = f"gold of {gold_chars} characters, limit {self.max_gold_chars}"
+            self._queue.settle(task, failed("limit", reason))
+        else:
+            self._queue.put(task)
         return task.future
 
-    def _gather(self, futures: list[Future], progress: Callable[[int, int], None] | None) -> list[Verdict]:
+    def _submit(self, kind: str, item: Item) -> "Future[Verdict]":
+        future = self._put(kind, item)
         try:
-            if progress is not None:
-                for done, _ in enumerate(as_completed(futures), start=1):
-                    progress(done, len(futures))
-            return [future.result() for future in futures]
+            self._queue.wait_for_room()
         except BaseException:
-            for future in futures:
-                future.cancel()
+            future.cancel()
             raise
+        return future
 
-    def _take(self) -> list[_Task]:
-        """Waits for work; a few tasks at once where many wait, so that a message costs little. Empty when closed."""
-        with self._changed:
+    def _as_completed(self, kind: str, items: Iterable[Item]) -> Iterator[tuple[int, Verdict]]:
+        done: SimpleQueue[tuple[int, Future[Verdict]]] = SimpleQueue()
+        waiting: dict[int, Future[Verdict]] = {}
+        source = enumerate(items)
+        try:
             while True:
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                if self._closed:
-                    return []
-                share = min(BATCH_TASKS, 1 + len(self._queue) // (4 * len(self._slots)))
-                batch, chars = [], 0
-                while self._queue and len(batch) < share and chars < BATCH_CHARS:
-                    task = self._queue.popleft()
-                    if task.future.running() or task.future.set_running_or_notify_cancel():
-                        batch.append(task)
-                        chars += task.size
-                    if task.crashes:
-                        break
-                if batch:
-                    return batch
+                while len(waiting) < self.max_pending and done.empty() and (entry := next(source, None)):
+                    index, item = entry
+                    waiting[index] = self._submit(kind, item)
+                    waiting[index].add_done_callback(lambda future, index=index: done.put((index, future)))
+                if not waiting:
+                    return
+                index, future = done.get()
+                del waiting[index]
+                yield index, future.result()
+        finally:
+            for future in waiting.values():
+                future.cancel()
 
-    def _give_back(self, tasks: Sequence[_Task]) -> None:
-        with self._changed:
-            if not self._closed:
-                self._queue.extendleft(reversed(tasks))
-                self._changed.notify(len(tasks))
-                return
-        for task in tasks:
-            task.future.set_exception(HostClosed("the verifier host was closed before it answered"))
-
-    def _settle(self, task: _Task, verdict: Verdict, seconds: float | None = None) -> Future:
-        if task.counted:
-            with self._changed:
-                self._counts[verdict.status] += 1
-                if seconds is not None:
-                    self._latencies.append(seconds)
-        task.future.set_result(verdict)
-        return task.future
-
-
-class _Slot:
-    """One place in the pool: a thread, and the process it owns at the moment."""
-
-    def __init__(self, host: VerifierHost, index: int) -> None:
-        self.host = host
-        self.process: subprocess.Popen | None = None
-        self.connection: Connection | None = None
-        self.started: Future[str | None] = Future()
-        self.thread = threading.Thread(target=self._run, name=f"verifier-{index}", daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        """Called by another thread once the host is closed: a worker that still runs must not be waited for."""
-        process = self.process
-        if process is not None:
-            _kill_group(process)
-
-    def _run(self) -> None:
-        problem = self._start()
-        self.started.set_result(problem)
-        while problem is None and (tasks := self.host._take()):
-            self._serve(deque(tasks))
-        self._end()
-
-    def _start(self) -> str | None:
-        """Starts a process and waits until its verifier is loaded; the line that says why not, None when it is."""
-        self.connection, theirs = Pipe()
-        arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", BOOT, *arguments],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                start_new_session=True,
-            )
-        if self.host._closed:
-            return "the host was closed"
-        try:
-            self.connection.send({"spec": self.host.spec, "memory_mb": self.host.memory_mb})
-            if self.connection.poll(START_SECONDS):
-                return self.connection.recv()
-            return f"verifier {self.host.spec.name!r} was not ready after {START_SECONDS:.0f} s: see its warm_up()"
-        except (EOFError, OSError):
-            code = self._end()
-            return f"the worker of verifier {self.host.spec.name!r} died at its start ({_exit(code)}): see its stderr"
-
-    def _serve(self, tasks: deque[_Task]) -> None:
-        """Answers the tasks in order; those behind one that hangs or dies go back to the queue."""
-        problem = self._start() if self.process is None else None
-        if problem is not None:
-            self._end()
-            while tasks:
-                self.host._settle(tasks.popleft(), _failed("error", problem))
-            return
-        try:
-            self.connection.send([task.message for task in tasks])
-            while tasks:
-                if not self.connection.poll(self.host.timeout):
-                    self._end()
-                    self.host._settle(tasks.popleft(), _failed("timeout", f"no verdict after {self.host.timeout:g} s"))
-                    break
-                score, status, extracted, info, seconds = self.connection.recv()
-                self.host._settle(tasks.popleft(), Verdict(score, status, extracted, info), seconds)
-        except (EOFError, OSError):
-            code = self._end()
-            tasks[0].crashes += 1
-            if tasks[0].crashes == CRASH_ATTEMPTS and not self.host._closed:
-                self.host._settle(
-                    tasks.popleft(), _failed("error", f"the worker died {CRASH_ATTEMPTS} times ({_exit(code)})")
-                )
-        self.host._give_back(tasks)
-
-    def _end(self) -> int | None:
-        """Ends the process, waits for it, and gives its exit code."""
-        if self.process is None:
-            return None
-        self.connection.close()
-        _kill_group(self.process)
-        code = self.process.wait()
-        self.process = self.connection = None
-        return code
+    def _in_order(self, kind: str, items: Sequence[Item], progress: Callable[[int, int], None] | None) -> list[Verdict]:
+        verdicts: dict[int, Verdict] = {}
+        for index, verdict in self._as_completed(kind, items):
+            verdicts[index] = verdict
+            if progress is not None:
+                progress(len(verdicts), len(items))
+        return [verdicts[index] for index in range(len(items))]
 
 
 def check_golds(
@@ -307,14 +255,17 @@ def check_golds(
         return check_golds(host, golds)
 
 
-def _failed(status: Status, reason: str) -> Verdict:
-    return Verdict(0.0, status, info={"reason": reason})
+async def _asynchronously(items: Iterable[Item] | AsyncIterable[Item]) -> AsyncIterator[Item]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
 
 
-def _kill_group(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _exit(code: int | None) -> str:
-    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+def _pickled_setup(spec: VerifierSpec, memory_mb: int) -> bytes:
+    try:
+        return pickle.dumps({"spec": spec, "memory_mb": memory_mb})
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise VerifierLoadError(f"verifier {spec.name!r}: options must be plain values ({error})") from error

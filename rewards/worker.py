@@ -1,51 +1,55 @@
-"""One process of the pool: reads tasks from its connection, answers each, exits when the connection closes."""
+"""One process of the pool: reads tasks from its channel, answers each, exits when the channel closes."""
 
+import contextlib
 import ctypes
+import json
 import math
 import os
+import pickle
 import resource
 import signal
-import sys
+import socket
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
+from deltarl.rewards.channel import Channel
 from deltarl.rewards.registry import VerifierLoadError, load_verifier
-from deltarl.rewards.types import Verdict, Verifier, VerifierSpec
+from deltarl.rewards.types import Status, Verdict, Verifier, VerifierSpec
 
+ANSWER_BYTES = 8 << 20
+PRINTED_BITS = 4096
 PR_SET_PDEATHSIG = 1
 
 
 def main(file_descriptor: int, parent: int) -> None:
     """Serves until the parent closes the connection or dies.
 
-    First message in: {"spec": VerifierSpec, "memory_mb": int}. First message out: None when ready, else the line that
-    says why not. Then each message in is a list of tasks (kind, response, gold, meta), each answered by one message
-    (score, status, extracted, info, seconds) in order.
+    First message in: pickled {"spec": VerifierSpec, "memory_mb": int}. First message out, as all that follow in JSON:
+    null when ready, else the line that says why not. Then each message in is a pickled list of tasks (kind, response,
+    gold, meta), each answered by one message [score, status, extracted, info, seconds, exhausted] in order.
+
+    Answers are JSON so that nothing a verifier is made to say can run in the parent.
     """
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    connection = Connection(file_descriptor)
+    os.set_inheritable(file_descriptor, False)
+    channel = Channel(socket.socket(fileno=file_descriptor))
     try:
-        setup = connection.recv()
+        setup = channel.receive()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        limit_memory(setup["memory_mb"])
-        verifier = start_verifier(setup["spec"])
+        verifier = start_verifier(setup)
     except VerifierLoadError as error:
-        connection.send(str(error))
+        channel.send(encode(str(error)))
         return
-    except EOFError:
-        return
-    connection.send(None)
-    serve(connection, verifier)
+    channel.send(encode(None))
+    with contextlib.suppress(EOFError):
+        serve(channel, verifier)
 
 
 def die_with_parent(parent: int) -> None:
     """Has the kernel SIGKILL this process when the thread that started it ends, however it ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or os.getppid() != parent:
         os._exit(1)
 
 
@@ -54,7 +58,14 @@ def limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (megabytes << 20, megabytes << 20))
 
 
-def start_verifier(spec: VerifierSpec) -> Verifier:
+def start_verifier(setup: bytes) -> Verifier:
+    """Raises VerifierLoadError."""
+    try:
+        given = pickle.loads(setup)
+    except Exception as error:
+        raise VerifierLoadError(f"the verifier's options do not load in a worker: {describe(error)}") from error
+    spec: VerifierSpec = given["spec"]
+    limit_memory(given["memory_mb"])
     verifier = load_verifier(spec)
     warm_up = getattr(verifier, "warm_up", None)
     if warm_up is not None:
@@ -65,29 +76,40 @@ def start_verifier(spec: VerifierSpec) -> Verifier:
     return verifier
 
 
-def serve(connection: Connection, verifier: Verifier) -> None:
+def serve(channel: Channel, verifier: Verifier) -> None:
+    """Raises EOFError when the parent has closed the connection."""
     while True:
-        try:
-            tasks = connection.recv()
-        except EOFError:
-            return
-        if tasks is None:
-            return
-        for task in tasks:
-            connection.send(answer(verifier, task))
+        for task in pickle.loads(channel.receive()):
+            channel.send(answer(verifier, task))
 
 
-def answer(verifier: Verifier, task: tuple) -> tuple:
+def answer(verifier: Verifier, task: tuple) -> bytes:
     kind, response, gold, meta = task
+    exhausted = False
     start = time.perf_counter()
     try:
         verdict = verifier.verify(response, gold, meta=meta) if kind == "verify" else check_gold(verifier, gold)
-        result = flatten(verdict)
+        seconds = time.perf_counter() - start
+        message = encode([*flatten(verdict), seconds, False])
+        reason = None if len(message) <= ANSWER_BYTES else f"a verdict of {len(message)} bytes, limit {ANSWER_BYTES}"
     except MemoryError:
-        result = (0.0, "limit", None, {"reason": "memory limit reached"})
+        reason, exhausted = "memory limit reached", True
     except Exception as error:  # noqa: BLE001 - a verifier that raises costs its own trace only
-        result = (0.0, "error", None, {"reason": describe(error)})
-    return (*result, time.perf_counter() - start)
+        reason = describe(error)
+    if reason is None:
+        return message
+    status = "limit" if exhausted else "error"
+    return encode([0.0, status, None, {"reason": reason}, time.perf_counter() - start, exhausted])
+
+
+def encode(value: Any) -> bytes:
+    """JSON in UTF-8 that also holds the lone surrogates of a broken text."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def decode(message: bytes) -> Any:
+    """What `encode` was given. Raises ValueError."""
+    return json.loads(message.decode("utf-8", "surrogatepass"))
 
 
 def check_gold(verifier: Verifier, gold: str | Sequence[str]) -> Verdict:
@@ -100,18 +122,22 @@ def check_gold(verifier: Verifier, gold: str | Sequence[str]) -> Verdict:
     return verifier.verify(f"\\boxed{{{first}}}", gold, meta={})
 
 
-def flatten(verdict: Verdict) -> tuple:
+def flatten(verdict: Verdict) -> tuple[float | None, Status, str | None, dict[str, Any]]:
+    """Raises TypeError for anything but a Verdict."""
     if not isinstance(verdict, Verdict):
-        return (0.0, "error", None, {"reason": f"verify() returned a {type(verdict).__name__}, not a Verdict"})
+        raise TypeError(f"verify() returned a {type(verdict).__name__}, not a Verdict")
     score = None if verdict.score is None else float(verdict.score)
     extracted = None if verdict.extracted is None else str(verdict.extracted)
-    return (score, verdict.status, extracted, plain(verdict.info))
+    return score, verdict.status, extracted, plain(verdict.info)
 
 
 def plain(value: Any) -> Any:
-    """The value made of str, int, float, bool, None, list and dict, so that unpickling it imports nothing."""
-    if value is None or type(value) in (str, int, bool):
+    """The value made of what JSON has. Other objects become their text, an integer of more digits than Python prints
+    its hexadecimal text."""
+    if value is None or type(value) in (str, bool):
         return value
+    if type(value) is int:
+        return value if value.bit_length() <= PRINTED_BITS else hex(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):

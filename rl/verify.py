@@ -129,7 +129,7 @@ def verify(
     for status, reason in tally.reasons.items():
         write(f"first {status}: {reason}", sys.stderr)
     if as_json:
-        print(json.dumps(summary))
+        write(json.dumps(summary))
         return
     write(f"{summary['n']} rows graded by {described(verifier, options)}, {summary['per_second']:.0f} a second")
     write(text_summary(summary))
@@ -169,9 +169,8 @@ def read_rows(files: Sequence[str]) -> Iterator[Row]:
 def read_row(line: bytes, where: str, key: str | None) -> Row:
     """One line; `key` is what the rows before it were graded by. Raises UserError."""
     try:
-        # Responses may hold anything: lone surrogates, control characters, numbers of any length.
         text = line.decode("utf-8", "surrogatepass")
-        values = json.loads(text, strict=False, parse_int=read_integer)
+        values = DECODER.decode(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
@@ -215,6 +214,10 @@ def read_gold(gold: Any, where: str) -> str | list[str]:
 def read_integer(digits: str) -> int | str:
     """Python refuses to make a number of more than 4300 digits: those stay text."""
     return int(digits) if len(digits) <= MAX_INTEGER_DIGITS else digits
+
+
+# Responses may hold anything: control characters, lone surrogates, numbers of any length.
+DECODER = json.JSONDecoder(strict=False, parse_int=read_integer)
 
 
 def read_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -291,7 +294,10 @@ def write(text: str, stream: TextIO | None = None) -> None:
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
-    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    try:
+        print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as `| head` does: the rest goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def serve(

@@ -212,3 +212,14 @@ def test_ctrl_c_stops_at_once_and_leaves_no_process(tmp_path):
     assert (process.returncode, out) == (130, "")
     assert err.splitlines() == ["deltarl: stopped at once"]
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps({"gold": "4", "pred": "5", "expected": True}) + "\n") * 50)
+    command = [sys.executable, "-P", "-m", "deltarl", "verify", "--data", str(rows), "--workers", "1", "--show-errors"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == ""
+    process.stderr.close()

@@ -113,8 +113,11 @@ def cpu_model() -> str:
 
 
 def case_files(path: Path) -> list[Path]:
-    """The .jsonl files of a folder, or the file itself. Raises UserError."""
-    found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    """The .jsonl files of a folder, without a disputed.jsonl, which lists rows again; or the file itself.
+
+    Raises UserError.
+    """
+    found = [f for f in path.glob("*.jsonl") if f.stem != "disputed"] if path.is_dir() else [path]
     if not found:
         raise UserError(f"--cases {path} holds no .jsonl file: give labelled cases with gold, pred and expected")
     return found
@@ -212,13 +215,17 @@ def speed_row(case: str, of: int, ours: float, peer: float) -> Row:
 
 def accuracy_rows(solutions: Sequence[Solution], workers: int) -> list[Row]:
     """False positives and false negatives by kind; ours reads as math-verify does, the last answer of any form."""
-    ours, peer = [wrong_verdicts(spec, solutions, workers) for spec in (OURS_LENIENT, PEER)]
-    labels = Counter((solution.kind, solution.expected) for solution in solutions)
+    counters = [Counter((solution.kind, solution.expected) for solution in solutions)]
+    counters += [wrong_verdicts(spec, solutions, workers) for spec in (OURS_LENIENT, PEER)]
     return [
-        Row(f"accuracy, {kind}", unit, labels[kind, expected], ours[kind, expected], peer[kind, expected])
-        for kind in dict.fromkeys(solution.kind for solution in solutions)
+        Row(f"accuracy, {kind}", unit, *(count(counter, kind, expected) for counter in counters))
+        for kind in ("all", *dict.fromkeys(solution.kind for solution in solutions))
         for unit, expected in (("false positives", False), ("false negatives", True))
     ]
+
+
+def count(counter: Counter[tuple[str, bool]], kind: str, expected: bool) -> int:
+    return sum(number for (of, label), number in counter.items() if label == expected and kind in ("all", of))
 
 
 def wrong_verdicts(spec: VerifierSpec, solutions: Sequence[Solution], workers: int) -> Counter[tuple[str, bool]]:

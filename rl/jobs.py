@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deltarl.rl.errors import UserError
+from deltarl.rl.losses.correction import Correction
 
 
 class Section(BaseModel):
@@ -118,11 +119,15 @@ class RLConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     beta: float = Field(0.0, ge=0, description="coefficient of the KL to the policy RL started from")
     epsilon: float = Field(0.2, gt=0)
-    epsilon_high: float | None = Field(None, gt=0)
+    epsilon_high: float | None = Field(None, gt=0, description="DAPO's clip-higher; the cap itself with cispo")
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dr_grpo"
+    importance_sampling_level: Literal["token", "sequence"] = Field("token", description="sequence: GSPO")
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_bonus: float = Field(0.0, ge=0)
+    baseline: Literal["mean", "leave_one_out", "none"] = Field("mean", description="leave_one_out: RLOO")
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    importance_sampling: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"] = (
-        "token_truncate"
+    importance_sampling: Correction | Literal["none"] = Field(
+        "token_truncate", description="weights of the learner's policy against the engine's"
     )
     importance_sampling_cap: float = Field(2.0, gt=0)
     temperature: float = Field(1.0, gt=0)
@@ -131,6 +136,12 @@ class RLConfig(Section):
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(20, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> RLConfig:
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss_type cispo needs epsilon_high, the cap of its importance weights, such as 5.0")
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> RLConfig:

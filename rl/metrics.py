@@ -61,7 +61,8 @@ class RlRow(TypedDict, total=False):
     `accuracy` is the share of training samples with verdict `correct`; lengths are in completion tokens; `entropy` in
     nats per token; `kl` to the policy RL started from, in nats per token (the k3 estimator, Schulman 2020,
     "Approximating KL divergence"), null where it was not measured; `logp_gap_*` is |log p_trainer - log p_engine| per
-    sampled token in nats; `time` maps phase to seconds, `verdicts` maps status to count, `parts` each part of a
+    sampled token in nats; `is_ratio_mean` and `is_ess` are mean and effective sample size (a share) of the importance
+    weights; `time` maps phase to seconds, `verdicts` maps status to count, `parts` each part of a
     combined verifier to its mean score.
     """
 
@@ -80,6 +81,7 @@ class RlRow(TypedDict, total=False):
     logp_gap_max: float
     engine_kl: float
     is_ratio_mean: float
+    is_ess: float
     clip_ratio: float
     grad_norm: float
     loss: float

@@ -1,13 +1,13 @@
 """The learner: TRL's GRPOTrainer over our rollout engine, verifier pool, run folder and checkpoints.
 
-TRL keeps the algorithm (group advantages, clipped surrogate, importance correction against the engine's logprobs:
-Shao et al. 2024, "DeepSeekMath", eq. 3; truncation as in Yao et al. 2025, "Your efficient RL framework secretly brings
-you off-policy RL training"). What is replaced: where completions come from, how they are scored, what is recorded.
+TRL keeps the loop: prompts in order, generation windows, the model's logprobs, accumulation, the optimizer. What is
+replaced: where completions come from, how they are scored, advantages and loss (rl/objective.py), what is recorded.
 The private parts of TRL used here are pinned by tests/contract/test_trl_contract.py.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,6 +27,8 @@ from deltarl.rl.checkpointing import Checkpointing
 from deltarl.rl.grading import part_means, verifier_items
 from deltarl.rl.interrupt import StopRequest
 from deltarl.rl.jobs import Job
+from deltarl.rl.losses import group_advantages
+from deltarl.rl.objective import MicroBatch, Tally, grpo_loss
 from deltarl.rl.problems import Problem, user_messages
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rollout import RolloutWorker, Sampling, Trace
@@ -38,13 +40,6 @@ METRIC_NAMES = {
     "completions/mean_length": "length_mean",
     "completions/max_length": "length_max",
     "completions/clipped_ratio": "truncated",
-    "entropy": "entropy",
-    "kl": "kl",
-    "sampling/sampling_logp_difference/mean": "logp_gap_mean",
-    "sampling/sampling_logp_difference/max": "logp_gap_max",
-    "sampling/importance_sampling_ratio/mean": "is_ratio_mean",
-    "clip_ratio/region_mean": "clip_ratio",
-    "cispo_clip_ratio": "clip_ratio",
     "grad_norm": "grad_norm",
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -99,13 +94,8 @@ def grpo_config(job: Job, output_dir: str) -> GRPOConfig:
         weight_decay=rl.weight_decay,
         max_grad_norm=rl.max_grad_norm,
         beta=0.0,
-        epsilon=rl.epsilon,
-        epsilon_high=rl.epsilon_high,
-        loss_type=rl.loss_type,
-        scale_rewards=rl.scale_rewards,
-        vllm_importance_sampling_correction=rl.importance_sampling != "none",
-        vllm_importance_sampling_mode="token_truncate" if rl.importance_sampling == "none" else rl.importance_sampling,
-        vllm_importance_sampling_clip_max=rl.importance_sampling_cap,
+        scale_rewards="none",
+        vllm_importance_sampling_correction=False,
         shuffle_dataset=False,
         bf16=job.model.dtype == "bfloat16" and on_gpu,
         use_cpu=not on_gpu,
@@ -170,6 +160,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         self._verdicts: list[Verdict] = []
         self._graded: list[tuple[Problem, str]] = []
         self._window: dict[str, Any] = {}
+        self._tally = Tally()
         super().__init__(
             model=model,
             reward_funcs=[self._verify],
@@ -259,13 +250,38 @@ class RLTrainer(Checkpointing, GRPOTrainer):
             "tokens_generated": tokens,
             "tokens_per_second": tokens / self._seconds["generate"],
             "weight_version": self.rl_step,
-            "engine_kl": _engine_kl(output),
         }
         parts = part_means(self._verdicts)
         if parts:
             self._window["parts"] = parts
-        self._write_traces(list(self._logs["advantages"])[-len(self._traces) :])
+        rewards = [math.nan if verdict.score is None else verdict.score for verdict in self._verdicts]
+        advantages = group_advantages(
+            torch.tensor(rewards), self.num_generations, baseline=self.job.rl.baseline, scale=self.job.rl.scale_rewards
+        )
+        output["advantages"] = advantages.to(output["advantages"])
+        self._write_traces(advantages.tolist())
         return output
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        length = inputs["completion_ids"].shape[1]
+        logprobs, entropies, _ = self._get_per_token_logps_and_entropies(
+            model, ids, attention_mask, length, compute_entropy=True
+        )
+        steps = self.current_gradient_accumulation_steps
+        batch = MicroBatch(
+            logprobs=logprobs,
+            entropies=entropies,
+            mask=inputs["completion_mask"],
+            advantages=inputs["advantages"].unsqueeze(1),
+            old=inputs.get("old_per_token_logps", logprobs.detach()),
+            sampler=inputs["sampling_per_token_logps"],
+            reference=inputs.get("ref_per_token_logps"),
+            sequences=float(steps * len(ids)),
+            tokens=float(inputs["num_items_in_batch"]) / self.accelerator.num_processes / self.job.rl.minibatches,
+        )
+        return grpo_loss(self.job.rl, batch, self._tally)
 
     def _write_traces(self, advantages: list[float]) -> None:
         group = self.job.rl.num_generations
@@ -306,21 +322,11 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         elapsed = time.perf_counter() - self._step_began
         phases = {name: self._seconds[name] for name in ("generate", "sync", "verify", "logprobs")}
         phases["update"] = elapsed - sum(phases.values())
-        self.run.metrics.append({"kind": "rl", "step": self.rl_step, **named, **self._window, "time": phases})
+        self.run.metrics.append(
+            {"kind": "rl", "step": self.rl_step, **named, **self._tally.take(), **self._window, "time": phases}
+        )
         if self.bar is not None:
             self.bar.update(1)
             self.bar.set_postfix_str(f"accuracy {self._window['accuracy'] or 0:.0%}", refresh=True)
         if self.after_step(self.rl_step):
             self.control.should_training_stop = True
-
-
-def _engine_kl(batch: dict[str, Any]) -> float | None:
-    """KL(engine || learner) per sampled token in nats, k3 estimator (Schulman 2020, "Approximating KL divergence").
-
-    None where the learner's logprobs of the samples were not computed (`importance_sampling: none`).
-    """
-    learner, engine = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
-    if learner is None or engine is None:
-        return None
-    gap = (learner - engine)[batch["completion_mask"].bool()].double()
-    return (gap.expm1() - gap).mean().item()

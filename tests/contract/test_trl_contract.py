@@ -29,13 +29,23 @@ def test_engine_is_asked_through_vllm_generation():
         assert piece in source, f"TRL samples differently now ({piece!r} is gone): see EngineBridge in rl/trainer.py"
 
 
-def test_scored_batch_has_both_logprobs():
+def test_scored_batch_has_what_the_loss_needs():
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
-    for key in ("old_per_token_logps", "sampling_per_token_logps", "completion_mask"):
-        assert f'"{key}"' in source, f"TRL's scored batch has no {key} now: see _engine_kl in rl/trainer.py"
-    assert 'self._logs["advantages"].extend(all_process_advantages.tolist())' in source, (
-        "TRL keeps advantages elsewhere now: see RLTrainer._generate_and_score_completions"
+    for key in (
+        "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
+        "old_per_token_logps", "sampling_per_token_logps", "ref_per_token_logps",
+    ):  # fmt: skip
+        assert f'"{key}"' in source, f"TRL's scored batch has no {key} now: see RLTrainer._compute_loss"
+    assert "self.args.gradient_accumulation_steps % generate_every != 0 or (" in source, (
+        "TRL decides differently when to compute old logprobs: see RLTrainer._compute_loss"
     )
+
+
+def test_loss_is_computed_in_one_place():
+    assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"], "see RLTrainer._compute_loss"
+    assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[:5] == [
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep"
+    ], "see RLTrainer._compute_loss"  # fmt: skip
 
 
 def test_a_batch_of_traces_is_generated_once_per_window():

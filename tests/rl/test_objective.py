@@ -1,0 +1,109 @@
+"""The job's settings become the loss they name, however the batch is cut into micro-batches."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from deltarl.rl.errors import UserError
+from deltarl.rl.jobs import Job, RLConfig, validate
+from deltarl.rl.objective import MicroBatch, Tally, grpo_loss
+
+LENGTHS = [5, 2, 4, 3]
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # fp64
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    mask = (torch.arange(5) < torch.tensor(LENGTHS).unsqueeze(1)).long()
+    old = -torch.rand(4, 5, dtype=torch.float64)
+    return MicroBatch(
+        logprobs=(old + 0.3 * torch.randn(4, 5, dtype=torch.float64)).requires_grad_(),
+        entropies=torch.rand(4, 5, dtype=torch.float64),
+        mask=mask,
+        advantages=torch.tensor([[1.5], [-0.7], [0.4], [-1.2]], dtype=torch.float64),
+        old=old,
+        sampler=old + 0.2 * torch.randn(4, 5, dtype=torch.float64),
+        reference=old + 0.2 * torch.randn(4, 5, dtype=torch.float64),
+        sequences=4.0,
+        tokens=14.0,
+    )
+
+
+def part(batch, rows):
+    whole = {"sequences": batch.sequences, "tokens": batch.tokens}
+    cut = {f.name: getattr(batch, f.name)[rows] for f in dataclasses.fields(batch) if f.name not in whole}
+    return MicroBatch(**cut, **whole)
+
+
+def settings(**options):
+    return RLConfig(**{"beta": 0.1, "max_completion_length": 8, "micro_batch_size": 1, **options})
+
+
+VARIANTS = [
+    {"loss_type": "grpo"},
+    {"loss_type": "dr_grpo", "entropy_bonus": 0.01},
+    {"loss_type": "dapo", "epsilon_high": 0.28, "kl_estimator": "k2"},
+    {"loss_type": "cispo", "epsilon_high": 1.2, "importance_sampling": "geometric_mask"},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence", "importance_sampling": "sequence_truncate"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_micro_batches_add_up(batch, options):
+    rl, whole, parts = settings(**options), Tally(), Tally()
+    expected = grpo_loss(rl, batch, whole)
+    cut = sum(grpo_loss(rl, part(batch, rows), parts) for rows in (slice(0, 1), slice(1, 4)))
+    torch.testing.assert_close(cut, expected, **CLOSE)
+    one, two = whole.take(), parts.take()
+    assert one.keys() == two.keys()
+    for name in one.keys() - {"is_ess"}:  # a share of each micro-batch
+        assert one[name] == pytest.approx(two[name], rel=1e-6), name
+
+
+def test_tokens_outside_the_mask_do_not_matter(batch):
+    inside = batch.mask.bool()
+    damaged = dataclasses.replace(
+        batch,
+        logprobs=torch.where(inside, batch.logprobs, -3.0),
+        sampler=torch.where(inside, batch.sampler, torch.nan),
+        reference=torch.where(inside, batch.reference, 2.0),
+    )
+    for options in VARIANTS:
+        tally, other = Tally(), Tally()
+        expected = grpo_loss(settings(**options), batch, tally)
+        torch.testing.assert_close(grpo_loss(settings(**options), damaged, other), expected, **CLOSE)
+        assert tally.take() == pytest.approx(other.take(), rel=1e-6)
+
+
+def test_without_correction_the_sampler_is_only_measured(batch):
+    rl = settings(importance_sampling="none")
+    elsewhere = dataclasses.replace(batch, sampler=batch.sampler - 1.0)
+    near, far = Tally(), Tally()
+    torch.testing.assert_close(grpo_loss(rl, batch, near), grpo_loss(rl, elsewhere, far), **CLOSE)
+    near, far = near.take(), far.take()
+    assert far["logp_gap_mean"] > near["logp_gap_mean"] + 0.5 and far["is_ratio_mean"] > near["is_ratio_mean"]
+
+
+def test_an_agreeing_engine_needs_no_correction(batch):
+    agreeing = dataclasses.replace(batch, sampler=batch.old)
+    for mode in ("token_mask", "sequence_truncate", "geometric_truncate"):
+        tally = Tally()
+        loss = grpo_loss(settings(importance_sampling=mode), agreeing, tally)
+        torch.testing.assert_close(loss, grpo_loss(settings(importance_sampling="none"), agreeing, Tally()), **CLOSE)
+        found = tally.take()
+        assert found["is_ratio_mean"] == 1.0 and found["is_ess"] == pytest.approx(1.0) and found["engine_kl"] == 0.0
+
+
+def test_a_tally_starts_anew_once_taken():
+    tally = Tally()
+    tally.mean("x", torch.tensor([[1.0, 5.0]]), torch.tensor([[1, 0]]))
+    tally.max("y", torch.tensor([1.0, 2.0]))
+    assert tally.take() == {"x": 1.0, "y": 2.0}
+    assert tally.take() == {}
+
+
+def test_cispo_needs_its_cap():
+    with pytest.raises(UserError, match="cispo needs epsilon_high"):
+        validate(Job, {"name": "x", "rl": {"loss_type": "cispo"}}, "job.yaml")

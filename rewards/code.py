@@ -239,6 +239,11 @@ def assert_tests(code: str, entry_point: str | None) -> list[Test]:
         raise GoldError(f"the test code does not parse: {one_line(str(error))}") from error
     if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
         raise GoldError("the test code has no assert statement")
+    foreign = sorted(imported(tree) - sys.stdlib_module_names)
+    if foreign:
+        raise GoldError(
+            f"the test code imports {foreign[0]!r}: only the standard library is there; use the program's names as they are"
+        )
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     calls = [(name,) for name, node in functions.items() if name.startswith("test_") and not takes_arguments(node)]
     if "check" in functions and takes_arguments(functions["check"]):
@@ -251,6 +256,13 @@ def assert_tests(code: str, entry_point: str | None) -> list[Test]:
     if not calls and not acts:
         raise GoldError("the test code defines functions and calls none: name them test_*, or assert at the top level")
     return [Test("assert", code, call=call) for call in calls or [()]]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The top names of the modules that code imports."""
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
 
 
 def takes_arguments(function: ast.FunctionDef) -> bool:

@@ -9,7 +9,8 @@ program; the processor's time, shared with everything else; and memory, which is
 
 With isolation "process", used only where asked for, a program still has its own session, the limits and an empty
 folder to work in, and its descendants are ended with it; but it runs as this user, reads what this user can read,
-reaches the network, and can kill the launcher that would clean up behind it.
+reaches the network, and can kill the launcher that would clean up behind it; the limit of processes does not hold for
+root.
 
 Limits of either kind: CPU seconds, address space, size of any file written, standard output included, open files,
 processes and threads, no core files; an environment that holds three settings of Python's.

@@ -253,7 +253,7 @@ def start_program(
 ) -> int:
     """Starts an interpreter whose standard input is a file with `process["stdin"]`; gives its process id."""
     if process["main"] is not None:
-        with open("main.py", "w", encoding="utf-8") as file:
+        with open("main.py", "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(process["main"])
     pid = os.fork()
     if pid:
@@ -262,7 +262,7 @@ def start_program(
         os.setsid()
         stdin = os.memfd_create("input")
         with open(stdin, "wb", closefd=False) as file:
-            file.write(process["stdin"].encode())
+            file.write(process["stdin"].encode(errors="surrogatepass"))
         os.lseek(stdin, 0, os.SEEK_SET)
         for target, descriptor in enumerate((stdin, *streams)):
             os.dup2(descriptor, target)

@@ -1,21 +1,14 @@
 """The verifier `code`: what passes, what fails, and every way around it that we know."""
 
 import json
-import os
 import pickle
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from deltarl.rewards import VerifierHost, VerifierLoadError, VerifierSpec, load_verifier
+from deltarl.rewards import VerifierLoadError, VerifierSpec, load_verifier
 from deltarl.rewards.code import CodeVerifier, last_block
-from deltarl.rewards.sandbox import Limits, Process, Sandbox, SandboxError, launcher
+from deltarl.rewards.sandbox import SandboxError, launcher
 
 STDIN_GOLD = json.dumps({"inputs": ["2 3\n", "10 -4\n"], "outputs": ["5\n", "6\n"]})
 CALL_GOLD = json.dumps({"inputs": [[2, 3], [10, -4]], "outputs": [5, 6], "fn_name": "add"})
@@ -179,6 +172,13 @@ def add(a, b):
     while "self" not in frame.f_locals: frame = frame.f_back
     peer = frame.f_locals["self"]
     return peer.ask("attribute", peer, "__globals__")""",
+    "traces the other processes": """
+import ctypes, os
+def add(a, b):
+    libc, seize = ctypes.CDLL(None), 0x4206
+    return a + b if any(libc.ptrace(seize, pid, 0, 0) == 0 for pid in range(1, os.getpid())) else None""",
+    "is no text that can be encoded": "# \ud800\n" + ADD,
+    "has a null byte": ADD + "\0",
     "ends its parent and everybody": "import os, signal\nos.kill(1, 9)\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)",
     "never ends": "import time\nwhile True: time.sleep(1)",
     "speaks without end": "while True: print('5' * 1000)",
@@ -196,146 +196,6 @@ def test_no_cheat_passes(verifier, cheat):
     assert grade(verifier, ADD, ASSERT_GOLD).score == 1.0
     if slow:
         used.sandbox.close()
-
-
-DETACHED = """
-import os, sys, time
-for _ in range(2):
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() == 0:
-            os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(600)", "MARKER"])
-        os._exit(0)
-time.sleep(HOW_LONG)
-print(5)
-"""
-
-
-def processes_with(marker):
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            found += [int(folder.name)] if marker in (folder / "cmdline").read_text() else []
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def wait_until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
-def detached(marker, seconds):
-    return DETACHED.replace("MARKER", marker).replace("HOW_LONG", str(seconds))
-
-
-@pytest.mark.parametrize("isolation", ["namespaces", "process"])
-def test_no_process_outlives_its_run(isolation):
-    sandbox = Sandbox(Limits(), require_isolation=False)
-    assert sandbox._start(isolation) is None
-    marker = f"orphan-{isolation}-{os.getpid()}"
-    assert sandbox.run([Process.script(detached(marker, 0.3), "")], 20).output == "5\n"
-    assert processes_with(marker) == []
-    assert sandbox.run([Process.script(detached(marker, 60), "")], 0.5).exit is None
-    assert processes_with(marker) == []
-    sandbox.close()
-
-
-@pytest.mark.parametrize("isolation", ["namespaces", "process"])
-def test_programs_end_with_a_caller_that_is_killed(isolation):
-    marker = f"caller-{isolation}-{os.getpid()}"
-    caller = (
-        "import sys; from deltarl.rewards.sandbox import *\n"
-        "s = Sandbox(Limits(), False); s._start(sys.argv[1]); s.run([Process.script(sys.argv[2], '')], 60)"
-    )
-    process = subprocess.Popen([sys.executable, "-P", "-c", caller, isolation, detached(marker, 60)])
-    inside = f"time.sleep(600)\0{marker}"
-    assert wait_until(lambda: len(processes_with(inside)) == 2)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert wait_until(lambda: not processes_with(inside))
-
-
-def test_a_host_that_loses_patience_leaves_nothing_behind():
-    marker = f"host-{os.getpid()}"
-    spec = VerifierSpec("code", {"test_seconds": 60, "total_seconds": 60})
-    gold = json.dumps({"inputs": [""], "outputs": ["5"]})
-    with VerifierHost(spec, timeout=5.0) as host:
-        late, right = host.verify([(fenced(detached(marker, 50)), gold, {}), (fenced("print(5)"), gold, {})])
-        assert (late.status, right.status) == ("timeout", "correct")
-        assert wait_until(lambda: not processes_with(f"time.sleep(600)\0{marker}"))
-        (worker,) = host.worker_pids()
-        family = [psutil.Process(worker), *psutil.Process(worker).children(recursive=True)]
-        assert len(family) >= 3
-    assert psutil.wait_procs(family, timeout=20)[1] == []
-
-
-LOOKS_AROUND = """
-import os, socket, json
-seen = {"folders": sorted(os.listdir("/")), "home": None, "user": os.getuid(), "pids": os.getppid()}
-def refused(action):
-    try:
-        action()
-    except OSError as error:
-        return True
-    return False
-seen["no network"] = refused(lambda: socket.create_connection(("127.0.0.1", PORT), 2))
-seen["no gold"] = refused(lambda: open("SECRET"))
-seen["read only"] = refused(lambda: open(os.__file__, "a")) and refused(lambda: open("/x", "w"))
-seen["environment"] = sorted(os.environ)
-seen["here"] = os.listdir(".")
-open("left", "w").write("x")
-def unshare():
-    import ctypes
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(0x10000000) != 0:
-        raise OSError(ctypes.get_errno())
-seen["no namespaces"] = refused(unshare)
-print(json.dumps(seen))
-"""
-
-
-def test_what_a_program_sees(tmp_path):
-    secret = tmp_path / "gold.json"
-    secret.write_text("42")
-    sandbox = Sandbox(Limits(), require_isolation=True)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        program = LOOKS_AROUND.replace("PORT", str(server.getsockname()[1])).replace("SECRET", str(secret))
-        for _ in range(2):
-            run = sandbox.run([Process.script(program, "")], 20)
-            seen = json.loads(run.output)
-            assert seen["no network"] and seen["no gold"] and seen["read only"] and seen["no namespaces"]
-            assert seen["user"] != 0 and seen["pids"] == 1 and seen["here"] == ["main.py"]
-            assert not {"home", "proc", "sys", "tmp", "mnt"} & set(seen["folders"])
-            assert set(seen["environment"]) <= {"PYTHONHASHSEED", "PYTHONUTF8", "PYTHONDONTWRITEBYTECODE", "LC_CTYPE"}
-    sandbox.close()
-
-
-@pytest.mark.parametrize(
-    ("program", "reason"),
-    [
-        ("x = bytearray(1 << 30)", "MemoryError"),
-        ("while True: open('f', 'ab').write(bytes(1 << 20))", "File too large"),
-        ("l = [open('main.py') for _ in range(100)]", "Too many open files"),
-        ("import os\nfor i in range(200):\n    open(f'f{i}', 'wb').write(bytes(1 << 20))", "No space left"),
-        (
-            "import os, time\nfor _ in range(200):\n    if os.fork() == 0: time.sleep(60)",
-            "Resource temporarily unavailable",
-        ),
-        (
-            "import threading, time\n"
-            "for _ in range(99): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
-            "thread",
-        ),
-        ("import os\nos.abort()", "signal 6"),
-        ("def f(): f()\nf()", "RecursionError"),
-    ],
-)
-def test_limits(verifier, program, reason):
-    assert reason in grade(verifier, program, json.dumps({"inputs": [""], "outputs": [""]})).info["reason"]
 
 
 def test_without_isolation_only_where_asked_for(monkeypatch, tmp_path):
@@ -357,6 +217,7 @@ def test_without_isolation_only_where_asked_for(monkeypatch, tmp_path):
     [
         ("assert add(", META, "does not parse"),
         ("add(1, 2)", META, "no assert statement"),
+        ("from solution import add\nassert add(1, 2)", META, "imports 'solution'"),
         ("def helper(x):\n    assert x", META, "calls none"),
         (CHECK_GOLD, {}, "entry_point"),
         (ROWS_GOLD, {}, "entry_point"),

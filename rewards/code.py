@@ -242,7 +242,7 @@ def assert_tests(code: str, entry_point: str | None) -> list[Test]:
     foreign = sorted(imported(tree) - sys.stdlib_module_names)
     if foreign:
         raise GoldError(
-            f"the test code imports {foreign[0]!r}: only the standard library is there; use the program's names as they are"
+            f"the test code imports {foreign[0]!r}: it has the standard library, and the program's names without import"
         )
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     calls = [(name,) for name, node in functions.items() if name.startswith("test_") and not takes_arguments(node)]

@@ -7,7 +7,7 @@ searched for in whole responses begins with a set of characters, by which the re
 
 import re
 
-BOX = re.compile(r"[\\\x08](?:(?<=\\)\\?(?:boxed|fbox)\s*(?:\{|(?P<bare>\d))|(?<=\x08)oxed\{)")
+BOX = re.compile(r"[\\\x08](?:(?<=\\)\\?(?:boxed|fbox|framebox)\s*(?:\{|(?P<bare>\d))|(?<=\x08)oxed\{)")
 THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
 THOUGHT_END = re.compile(r"</think(?:ing)?>|</REASONING_END>")
 THOUGHT_START = re.compile(r"<think(?:ing)?>")
@@ -15,12 +15,19 @@ BRACES = re.compile(r"[{}\\](?:(?<=\\).)?", re.DOTALL)
 AND = re.compile(r"(?:\s|[$,;.&]|\\[()\[\],;: ]|\\text\s*\{[^{}]{0,40}\}|\\q?quad|\band\b|\bor\b)*")
 NEAR_BOXES = re.compile(r"\s*(?:\w+\s+){0,2}(?:and|or|,)\s*")
 LABEL_BEFORE_BOX = re.compile(r"(?<![A-Za-z0-9\\{}])(?P<label>[A-Za-z](?:_\w|_\{\w{1,3}\})?)\s*=\s*\$?\s*$")
-PHRASE_WORD = re.compile(r"[aArRsS\u017f\u7b54](?:(?i:nswer|esult|olution|\xe9ponse)|\u6848)")
+PHRASE_WORD = re.compile(
+    r"[aAcCoOrRsS\u017f\u041e\u043e\u7b54]"
+    r"(?:(?i:nswer|esult|olution|hoice|ption|\xe9ponse|espuesta|isposta|esposta|ntwort|\u0442\u0432\u0435\u0442)|\u6848)"
+)
 PHRASE = re.compile(
-    r"(?:\b(?:answer|result|solutions?|r\xe9ponse)|\u7b54\u6848)\s*"
-    r"(?:\*{1,2}\s*)?(?:is\b|are\b|est\b|=|:|\uff1a|\u662f|\u4e3a)[\s:*]*(?:\bis\b\s*|\btherefore\b,?\s*|\bequals?\b\s*|:)?",
+    r"(?:\b(?:answer|result|solutions?|r\xe9ponse|respuesta|risposta|resposta|antwort|\u043e\u0442\u0432\u0435\u0442"
+    r"|(?:(?<=correct )|(?<=right ))(?:choice|option))|\u7b54\u6848)\s*"
+    r"(?:\*{1,2}\s*)?(?:is\b|are\b|est\b|es\b|ist\b|\xe8\s|\xe9\s|=|:|\uff1a|\u662f|\u4e3a)[\s:*]*(?:\bis\b\s*|\btherefore\b,?\s*|\bequals?\b\s*|:)?",
     re.IGNORECASE,
 )
+HEADING = re.compile(r"answer[*:]{0,3}[ \t]*\n\s*(?=\S)", re.IGNORECASE)
+HEADING_LEAD = re.compile(r"[#* \t]*(?:the )?(?:final )?", re.IGNORECASE)
+NO_NUMBER = re.compile(r"\b(?:between|less|more|greater|fewer|least|most|not|either|or)\b", re.IGNORECASE)
 HASHES = re.compile(r"####[ \t]*(?P<answer>[^\n]+)")
 MATH_SPAN = re.compile(
     r"\$\$(.+?)\$\$|(?<!\\)\$([^$]+?)(?<!\\)\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)", re.DOTALL
@@ -38,6 +45,7 @@ WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 TITLE = re.compile(r"[A-Za-z]{2,}\s*:\s")
 THAT_IS = re.compile(r".*(?:(?:\bis|\bare|\bequals)\s+|[\u662f\u4e3a]\s*)(?=\S)", re.DOTALL)
 HAN = re.compile(r"[\u4e00-\u9fff]")
+ANSWER_START, ANSWER_END = "<answer>", "</answer>"
 MAX_WORDS = 3
 MAX_LABEL_CHARS = 40
 MAX_STATEMENT_CHARS = 2000
@@ -113,7 +121,25 @@ def after_phrase(text: str) -> str | None:
         if phrase := PHRASE.match(text, word.start()):
             end = phrase.end()
             return statement(text[end : end + MAX_STATEMENT_CHARS].lstrip("*: \n")) or None
+        if (heading := HEADING.match(text, word.start())) and _opens_line(text, word.start()):
+            return statement(text[heading.end() : heading.end() + MAX_STATEMENT_CHARS].lstrip("* ")) or None
     return None
+
+
+def _opens_line(text: str, position: int) -> bool:
+    """Whether nothing but the marks of a heading stands before a position in its line."""
+    before = text[max(0, position - MAX_LABEL_CHARS) : position]
+    return HEADING_LEAD.fullmatch(before.rpartition("\n")[2]) is not None
+
+
+def in_tags(text: str) -> str | None:
+    """What the last <answer>...</answer> says."""
+    start = text.rfind(ANSWER_START)
+    end = text.find(ANSWER_END, start + len(ANSWER_START)) if start >= 0 else -1
+    if end < 0:
+        return None
+    inside = text[start + len(ANSWER_START) : end].strip()[:MAX_STATEMENT_CHARS]
+    return after_phrase(inside) or statement(inside) or None
 
 
 def statement(tail: str) -> str:
@@ -135,7 +161,9 @@ def after_hashes(text: str) -> str | None:
 
 
 def stated(text: str) -> str | None:
-    """What a `####` line at the end says, else the last "the answer is", else the last `####` line."""
+    """What <answer> tags enclose, else a `####` line at the end, else the last "the answer is", else any `####`."""
+    if tagged := in_tags(text):
+        return tagged
     hashes = after_hashes(text)
     if hashes is not None and text.rstrip().rpartition("\n")[2].lstrip().startswith("####"):
         return hashes

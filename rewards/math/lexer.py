@@ -41,7 +41,7 @@ UNITS = words(
     "yr yrs ml cc hz meter meters metre metres inch inches foot feet yard yards mile miles gram grams "
     "second seconds minute minutes hour hours day days week weeks month months year years degree degrees "
     "dollar dollars cent cents euro euros pound pounds usd unit units square cubic sq "
-    "cup cups ton tons gal men way ways"
+    "cup cups ton tons gal men way ways per"
 )
 PERCENT = frozenset(("percent", "percentage", "pct"))
 SEPARATORS = frozenset(("and", "or"))
@@ -238,6 +238,8 @@ def _word(tokens: list[Token], word: str, spaced: bool) -> None:
         tokens.append(("sym", word, spaced))
     elif word.lower() in PERCENT:
         tokens.append(("op", "%", spaced))
+    elif word.lower() in ("negative", "minus"):
+        tokens.append(("op", "-", spaced))
     elif word in ("mod", "MOD"):
         tokens.append(("op", "mod", spaced))
     elif word.lower() in UNITS or len(word) > 3 or (spaced and tokens and tokens[-1][0] == "text"):

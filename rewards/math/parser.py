@@ -8,7 +8,7 @@ from deltarl.rewards.math.lexer import LimitError, ParseError, join_thousands, t
 from deltarl.rewards.math.nodes import Node, as_list, check_depth, flat_name, is_name, product
 
 RELATION_OPS = frozenset(("=", "<", ">", "<=", ">=", "!=", "~", "in"))
-LEAD_WORDS = words("approximately about exactly is the answer equals only therefore thus so")
+LEAD_WORDS = words("approximately about exactly is the final answer answer: equals only therefore thus so")
 
 
 def parse(text: str, *, thousands: bool = True) -> Node:
@@ -23,8 +23,11 @@ class _Parser(Atoms):
         kinds = {kind if len(value) > 1 or kind != "sym" else "letter" for kind, value, _ in self.tokens}
         if "text" in kinds and kinds <= {"text", "letter", "sep"}:
             return ("text", " ".join(value for _, value, _ in self.tokens))
-        while (self.kind() == "text" and self.value().lower() in LEAD_WORDS) or (self.at == 0 and self.op("=", "~")):
+        while (self.kind() == "text" and words(self.value().lower()) <= LEAD_WORDS) or (
+            self.at == 0 and self.op("=", "~")
+        ):
             self.at += 1
+            self.accept(":")
         node = self.items()
         if self.at < len(self.tokens):
             raise ParseError(f"unexpected {self.value()!r}")

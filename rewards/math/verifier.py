@@ -176,7 +176,8 @@ class MathVerifier:
             return []
         stated = extract.stated(text)
         if stated:
-            return extract.readings_of(stated) + (extract.lenient(stated) if self.extraction == "lenient" else [])
+            guess = self.extraction == "lenient" and not extract.NO_NUMBER.search(stated)
+            return extract.readings_of(stated) + (extract.lenient(stated) if guess else [])
         if extract.is_bare(text):
             return [text.strip()]
         return extract.lenient(text) if self.extraction == "lenient" else []
@@ -189,8 +190,8 @@ class MathVerifier:
         stated = extract.stated(text)
         if stated:
             return settled_on(stated)
-        if extract.is_bare(text):
-            return letter_of(text)
+        if extract.is_bare(text) and (letter := letter_of(text)):
+            return letter
         return chosen_in(text) if self.extraction == "lenient" else None
 
 

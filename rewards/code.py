@@ -56,7 +56,8 @@ class CodeVerifier:
       - a list of texts, each test code of its own (MBPP).
     Functions that test code calls must be its own, built in, from the standard library, or what is tested.
 
-    extraction: "fenced" takes the last closed ``` block (python, or of no language), "whole" the whole response.
+    extraction: "fenced" takes the last closed ``` block (python, or of no language) outside of <think> blocks, "whole"
+    the whole response. A response whose meta says `truncated: true` has no answer.
     partial_credit: the score is the share of tests passed; otherwise 1 or 0, and the first failure ends the work.
     test_seconds: wall clock for one test. total_seconds: for all; keep it below the host's timeout. Tests that it cuts
     off give status "timeout". float_tolerance: how far a number with a decimal point may lie from the expected one e,
@@ -114,6 +115,8 @@ class CodeVerifier:
         except GoldError as error:
             return Verdict(None, "gold_error", info={"reason": str(error)})
         program = response if self.extraction == "whole" else last_block(response)
+        if meta.get("truncated"):
+            return Verdict(0.0, "no_answer", info={"reason": "the response was cut off"})
         if program is None or not program.strip():
             return Verdict(0.0, "no_answer", info={"reason": "no closed ```python block"})
         self.sandbox.start()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltarl.rewards.ifeval.instructions import INSTRUCTIONS
+from deltarl.rewards.math.extract import without_thoughts
 from deltarl.rewards.types import Verdict
 
 MODES = ("strict", "loose")
@@ -24,6 +25,8 @@ class IfevalVerifier:
     asterisks, without its first line, its last, both, and takes an instruction as followed when one of them does.
     score: "all" is 1 when all instructions are followed, else 0 (prompt-level accuracy); "share" is the share that is
     followed (its mean over the instructions of a set is instruction-level accuracy).
+
+    Text in <think> blocks does not count; a response that was cut off is looked at as far as it goes.
 
     Raises ValueError for another mode or score.
     """
@@ -53,15 +56,16 @@ class IfevalVerifier:
             steps = parse(as_object(gold) or meta)
         except ValueError as error:
             return Verdict(None, "gold_error", info={"reason": str(error)})
-        if not response.strip():
+        shown = without_thoughts(response).strip()
+        if not shown:
             return Verdict(0.0, "no_answer", info={"reason": "the response is empty"})
-        texts = variants(response) if self.mode == "loose" else [response.strip()]
+        texts = variants(shown) if self.mode == "loose" else [shown]
         followed = [any(INSTRUCTIONS[name].check(text, **kwargs) for text in texts) for name, kwargs in steps]
         failed = [name for (name, _), done in zip(steps, followed, strict=True) if not done]
         score = sum(followed) / len(steps) if self.score == "share" else float(not failed)
         reason = f"not followed: {', '.join(failed)}" if failed else "all instructions are followed"
         info = {"reason": reason, "instructions": [name for name, _ in steps], "followed": followed}
-        return Verdict(score, "incorrect" if failed else "correct", response, info)
+        return Verdict(score, "incorrect" if failed else "correct", shown, info)
 
 
 def as_object(gold: str | Sequence[str]) -> dict[str, Any]:
@@ -102,6 +106,6 @@ def step(name: str, given: Any) -> tuple[str, dict[str, Any]]:
 
 def variants(response: str) -> list[str]:
     """The response without first line, last line, both, neither; each with and without its asterisks. None is empty."""
-    lines = response.strip().split("\n")
+    lines = response.split("\n")
     cuts = ["\n".join(part).strip() for part in (lines, lines[1:], lines[:-1], lines[1:-1])]
     return [text for cut in cuts for text in (cut, cut.replace("*", "").strip()) if text]

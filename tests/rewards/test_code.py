@@ -242,6 +242,7 @@ def test_which_block_is_run(verifier):
     assert last_block("<think>\n```python\nx = 1\n```\n</think> none") is None
     assert last_block("```python\nx = 1") is None
     assert verifier.verify("no code", ASSERT_GOLD, meta={}).status == "no_answer"
+    assert grade(verifier, ADD, ASSERT_GOLD, {"truncated": True}).status == "no_answer"
     whole = CodeVerifier(extraction="whole", test_seconds=20, total_seconds=60)
     assert whole.verify(ADD, ASSERT_GOLD, meta={}).score == 1.0
     whole.sandbox.close()

@@ -87,6 +87,8 @@ def test_scores_of_several_instructions():
     assert verdict.score == pytest.approx(2 / 3) and verdict.status == "incorrect"
     assert verdict.info["followed"] == [True, True, False]
     assert IfevalVerifier().verify(" \n", several, meta={}).status == "no_answer"
+    assert IfevalVerifier().verify("<think>a, b", several, meta={}).status == "no_answer"
+    assert IfevalVerifier().verify("<think>a, b</think>\n'c'", gold(COMMAS), meta={}).extracted == "'c'"
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ class CodeVerifier:
                 if not self.partial_credit:
                     break
         status = "correct" if passed == len(tests) else "incorrect"
-        return self._verdict(status, passed, len(tests), program, reason or f"{passed} tests passed")
+        return self._verdict(status, passed, len(tests), program, reason or "every test passed")
 
     def _verdict(self, status: str, passed: int, tests: int, program: str, reason: str) -> Verdict:
         score = passed / tests if self.partial_credit else float(passed == tests)

@@ -99,7 +99,7 @@ try:
 except ValueError as error:
     assert str(error) == "no way"
 """
-    assert grade(verifier, program, gold).info["reason"] == "1 tests passed"
+    assert grade(verifier, program, gold).info["reason"] == "every test passed"
 
 
 EQUAL_TO_ALL = """

@@ -19,6 +19,7 @@ NUMBER = re.compile(
 AROUND = " \t\n$€£¥%°\\"
 MAX_DIGITS = 1000
 MAX_POWER = 1000
+MAX_NUMBERS = 100
 TAIL_CHARS = 20_000
 
 
@@ -85,7 +86,7 @@ class NumericVerifier:
 
     def check_gold(self, gold: str | Sequence[str]) -> str | None:
         golds = _texts(gold)
-        if golds and all(_gold_value(text) is not None for text in golds):
+        if golds and all(value_of(text) is not None for text in golds):
             return None
         return f"not a number: {str(gold)[:80]!r}"
 
@@ -104,12 +105,22 @@ class NumericVerifier:
         answer = _value(found)
         if answer is None:
             return Verdict(0.0, "incorrect", found[0], {"reason": "a quotient with 0 below"})
-        if any(self._near(answer, _gold_value(text)) for text in _texts(gold)):
+        if any(self._near(answer, value_of(text)) for text in _texts(gold)):
             return Verdict(1.0, "correct", found[0], {"reason": "the gold's number"})
         return Verdict(0.0, "incorrect", found[0], {"reason": "another number than the gold"})
 
     def _near(self, answer: Fraction, gold: Fraction) -> bool:
         return abs(answer - gold) <= max(self.abs_tol, self.rel_tol * abs(gold))
+
+
+def decimals_in(text: str) -> list[Fraction]:
+    """Every number of a text that `numeric` would read, a quotient as its two numbers; ValueError past the limits."""
+    values: list[Fraction] = []
+    for found in NUMBER.finditer(_plain(text)):
+        if _too_big(found) or len(values) >= MAX_NUMBERS:
+            raise ValueError(f"more than {MAX_NUMBERS} numbers, or one of more than {MAX_DIGITS} digits")
+        values += [_decimal(found), *([Fraction(found["below"])] if found["below"] else [])]
+    return values
 
 
 def _texts(gold: str | Sequence[str] | None) -> list[str]:
@@ -129,7 +140,8 @@ def _last_number(text: str) -> re.Match[str] | None:
     return next(iter(deque(NUMBER.finditer(text), maxlen=1)), None)
 
 
-def _gold_value(text: str) -> Fraction | None:
+def value_of(text: str) -> Fraction | None:
+    """The value of a text that is one number as `numeric` reads it, with its signs and blanks; None for another."""
     text = _plain(text).strip(AROUND)
     sign = "-" if text.startswith("-") else ""
     found = NUMBER.fullmatch(sign + text.removeprefix("-").strip(AROUND))
@@ -143,8 +155,10 @@ def _too_big(found: re.Match[str]) -> bool:
 
 def _value(found: re.Match[str]) -> Fraction | None:
     """The number's value; None for a quotient with 0 below."""
-    value = Fraction(found["value"].replace(",", "")) * (-1 if found["sign"] == "-" else 1)
-    if found["below"] is not None:
-        below = int(found["below"])
-        return value / below if below else None
-    return value * Fraction(10) ** int(found["power"] or 0)
+    below = int(found["below"] or 1)
+    return _decimal(found) / below if below else None
+
+
+def _decimal(found: re.Match[str]) -> Fraction:
+    value = Fraction(found["value"].replace(",", "")) * Fraction(10) ** int(found["power"] or 0)
+    return -value if found["sign"] == "-" else value

@@ -110,6 +110,9 @@ REPEATING = re.compile(
     r"(?<![\d.])(?P<whole>\d{0,30})\.(?P<fixed>\d{0,30})\s*\\(?:overline|bar|dot)\s*(?:\{(?P<block>\d{1,30})\}|(?P<digit>\d))"
     r"(?![\d\\])"
 )
+DOTTED = re.compile(
+    r"(?<![\d.])(?P<whole>\d{0,30})\.(?P<fixed>\d{0,30}?)(?P<block>\d)(?P=block){2,30}\s?(?:\\[lc]?dots|\.\.\.)"
+)
 DECIMAL_DOTS = re.compile(r"(?<![\d.])(\d+\.\d+)\s*(?:\\[lc]?dots(?![a-z])|\.\.\.)")
 BASED_IN_BRACKETS = re.compile(r"\(\s*(\d+)\s*\)(?=\s*_)")
 
@@ -127,7 +130,8 @@ def clean(text: str) -> str:
         text = TWICE_ESCAPED.sub(r"\\", text)
     text = GROUPED.sub("", MATH_MARKS.sub(" ", text)).strip()
     if "." in text or "_" in text:
-        text = REPEATING.sub(_repeating, DECIMAL_DOTS.sub(r"\1", BASED_IN_BRACKETS.sub(r"\1", text)))
+        text = REPEATING.sub(_repeating, DOTTED.sub(_repeating, text))
+        text = DECIMAL_DOTS.sub(r"\1", BASED_IN_BRACKETS.sub(r"\1", text))
     text = text.rstrip(".,;:!? \n") if not text.endswith("!") or text.endswith("\\!") else text
     return SPACED_THOUSANDS.sub(lambda m: m[1] + m[2].replace(" ", ""), text)
 

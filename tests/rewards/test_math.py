@@ -93,6 +93,18 @@ def test_does_not_mean_the_same(gold, answer):
         ("The answer is near.\n#### 1,234", "1,234"),
         ("42", "42"),
         ("$x = 3$", "$x = 3$"),
+        ("\\framebox{3}", "3"),
+        ("\\boxed{\\{1, \\sqrt{2}\\}}", "\\{1, \\sqrt{2}\\}"),
+        ("$y_1 = \\boxed{2x}$ and $y_2 = \\boxed{3x}$", "y_1 = 2x, y_2 = 3x"),
+        ("<answer>3</answer> in short: <answer> $4$ </answer>", "4"),
+        ("The answer is 3.\n<answer>4</answer>", "4"),
+        ("\\boxed{3} <answer>4</answer>", "3"),
+        ("**Final Answer**\n\n42", "42"),
+        ("### Final answer\n$\\frac12$", "\\frac12"),
+        ("Answer: Ann has to pay 220 $ within 12 months.", "220"),
+        ("Por lo tanto, la respuesta es 12.", "12"),
+        ("\u7b54\u6848\uff1a\u6bcf\u4efd\u5e94\u8be5\u662f $\\frac25$ \u5428\u3002", "\\frac25"),
+        ("The answer is 3 per day.", "3 per day"),
     ],
 )
 def test_extraction(response, extracted):
@@ -114,6 +126,55 @@ def test_extraction(response, extracted):
 )
 def test_no_answer(response):
     assert verifier.verify(response, "7", meta={}).status == "no_answer"
+
+
+@pytest.mark.parametrize(
+    ("gold", "response"),
+    [
+        ("B", "So the answer is (B)."),
+        ("B", "The correct option is **B**, as the others are odd"),
+        ("B", "Answer: B. 12 apples"),
+        ("D", "The answer is D, it cannot be A or B"),
+        ("(D) Alina", "D"),
+        ("C Cecile", "(C)"),
+        ("B", "\\boxed{\\textbf{(B)}\\ 5}"),
+    ],
+)
+def test_the_letter_of_a_multiple_choice(gold, response):
+    assert verifier.verify(response, gold, meta={}).status == "correct"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "The answer is A or B",
+        "The answer is A, B.",
+        "The answer is not B",
+        "The answer is A, not B.",
+        "Both A and B",
+        "\\boxed{A, B}",
+        "\\boxed{A} and \\boxed{B}",
+        "The answer is b=2",
+        "B is what I thought of first. The answer is C.",
+    ],
+)
+@pytest.mark.parametrize("extraction", ["anchored", "lenient"])
+def test_letters_that_are_not_the_choice(response, extraction):
+    assert MathVerifier(extraction).verify(response, "B", meta={}).score == 0.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "The answer is 5 or 6.",
+        "The answer is between 4 and 5",
+        "The answer is less than 5",
+        "#### 5 or 6",
+        "It is not 5 or 6",
+    ],
+)
+def test_a_statement_that_names_no_one_number_is_not_mined_for_one(response):
+    assert MathVerifier("lenient").verify(response, "5", meta={}).score == 0.0
 
 
 def test_a_response_cut_off_has_no_answer():

@@ -177,18 +177,20 @@ def read_row(line: bytes, where: str, key: str | None) -> Row:
         raise UserError(f"{where}: not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f'{where}: not an object: a row is like {{"gold": "4", "pred": "2+2"}}')
-    found = "pred" if values.get("pred") is not None else "response"
+    found = "pred" if "pred" in values else "response"
     key = key or found
-    if values.get(key) is None:
-        other = f": it has {found}, and the rows before have {key}" if values.get(found) is not None else ""
-        raise UserError(f"{where}: no {'pred or response' if not other else key}{other}")
+    if key not in values:
+        other = f": it has {found}, and the rows before have {key}" if found in values else ""
+        raise UserError(f"{where}: no {key if other else 'pred or response'}{other}")
     expected = values.get("expected")
     if expected not in (None, True, False):
         raise UserError(f"{where}: expected is {expected!a:.40}: use true or false")
     meta = read_meta(values, where)
-    response = values[key] if isinstance(values[key], str) else json.dumps(values[key])
     return Row(
-        where, key, (response, read_gold(values.get("gold"), where), meta), None if expected is None else bool(expected)
+        where,
+        key,
+        (read_text(values[key]), read_gold(values, where), meta),
+        None if expected is None else bool(expected),
     )
 
 
@@ -203,12 +205,19 @@ def read_meta(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return of_trace | meta
 
 
-def read_gold(gold: Any, where: str) -> str | list[str]:
-    """A gold as text, or a list of which any may be met. Raises UserError."""
-    golds = gold if isinstance(gold, list) else [gold]
-    if not golds or not all(isinstance(text, (str, int, float)) and not isinstance(text, bool) for text in golds):
+def read_gold(values: Mapping[str, Any], where: str) -> str | list[str]:
+    """A gold as text, or a list of which any may be met; null is a gold that is unusable. Raises UserError."""
+    if "gold" not in values or isinstance(values["gold"], dict):
         raise UserError(f"{where}: no gold: give text, a number, or a list of them")
-    return [str(text) for text in golds] if isinstance(gold, list) else str(gold)
+    gold = values["gold"]
+    return [read_text(one) for one in gold] if isinstance(gold, list) else read_text(gold)
+
+
+def read_text(value: Any) -> str:
+    """Text as it is, nothing for null, and anything else as JSON writes it."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def read_integer(digits: str) -> int | str:

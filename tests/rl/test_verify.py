@@ -58,6 +58,17 @@ def test_counts_against_expected(verify):
     assert result["per_second"] > 0
 
 
+def test_null_is_no_answer_and_no_gold(verify):
+    rows = [
+        {"gold": None, "pred": "4", "expected": False},
+        {"gold": [], "pred": "4", "expected": False},
+        {"gold": "4", "pred": None, "expected": False},
+    ]
+    result = summary(verify(rows, "--json"))
+    assert result["statuses"] == dict.fromkeys(STATUSES, 0) | {"gold_error": 2, "no_answer": 1}
+    assert result["accuracy"] == 1.0
+
+
 def test_without_expected_no_accuracy(verify):
     result = summary(verify([{"gold": "4", "pred": "4"}], "--json"))
     assert not {"accuracy", "false_positives", "false_negatives", "labelled"} & set(result)

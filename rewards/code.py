@@ -20,9 +20,8 @@ from deltarl.rewards.math.extract import without_thoughts
 from deltarl.rewards.sandbox import Limits, Process, Run, Sandbox
 from deltarl.rewards.types import Verdict
 
-FENCE = re.compile(
-    r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(?P<code>.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE | re.I
-)
+FENCE = re.compile(r"```[ \t]*(?P<language>[^\s`]*)")
+PYTHON = ("", "python", "python3", "py")
 DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?")
 EXTRACTIONS = ("fenced", "whole")
 REASON_CHARS = 200
@@ -127,7 +126,7 @@ class CodeVerifier:
         for number, test in enumerate(tests, start=1):
             seconds = min(self.test_seconds, end - time.monotonic())
             problem = self._run(program, test, entry_point, seconds) if seconds > 0 else "late"
-            if problem and seconds < self.test_seconds and problem.startswith("late"):
+            if problem and number > 1 and seconds < self.test_seconds and problem.startswith("late"):
                 late = f"{number - 1} of {len(tests)} tests in {self.total_seconds:g} s: allow more total_seconds"
                 return self._verdict("timeout", passed, len(tests), program, late)
             passed += problem is None
@@ -157,7 +156,10 @@ class CodeVerifier:
             return problem
         if test.kind == "stdin":
             return None if same_text(run.output, test.expected, self.float_tolerance) else "wrong output"
-        value = from_json(run.output)
+        try:
+            value = json.loads(run.output)
+        except (ValueError, RecursionError):
+            return "the program ended before it gave a value"
         return None if any(same_value(value, e, self.float_tolerance) for e in test.expected) else "wrong value"
 
     def _run_asserts(self, program: str, test: Test, entry_point: str, seconds: float) -> str | None:
@@ -173,8 +175,19 @@ class CodeVerifier:
 
 
 def last_block(response: str) -> str | None:
-    blocks = [match["code"] for match in FENCE.finditer(without_thoughts(response))]
-    return blocks[-1] if blocks else None
+    """The content of the last closed block of Python, or of no language; a bare ``` line closes a block."""
+    found, language, lines = None, None, []
+    for line in without_thoughts(response).split("\n"):
+        fence = FENCE.fullmatch(line.strip())
+        if language is None:
+            if fence:
+                language, lines = fence["language"].casefold(), []
+        elif fence and not fence["language"]:
+            found = "\n".join([*lines, ""]) if language in PYTHON else found
+            language = None
+        else:
+            lines.append(line)
+    return found
 
 
 def failure(run: Run, seconds: float) -> str | None:
@@ -214,8 +227,8 @@ def apps_tests(data: Mapping[str, Any]) -> list[Test]:
         raise GoldError("inputs and outputs must be lists of one length")
     if function is None:
         return [Test("stdin", as_text(i), as_text(o)) for i, o in zip(inputs, outputs, strict=True)]
-    if not all(isinstance(arguments, list) for arguments in inputs):
-        raise GoldError("with fn_name each input must be a list of arguments")
+    if not isinstance(function, str) or not all(isinstance(arguments, list) for arguments in inputs):
+        raise GoldError("with fn_name, a text, each input must be a list of arguments")
     # APPS wraps some returned values into a list of one.
     wrapped = [[o, o[0]] if isinstance(o, list) and len(o) == 1 else [o] for o in outputs]
     return [Test("call", i, o, (function,)) for i, o in zip(inputs, wrapped, strict=True)]

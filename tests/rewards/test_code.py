@@ -223,7 +223,7 @@ def test_without_isolation_only_where_asked_for(monkeypatch, tmp_path):
         (ROWS_GOLD, {}, "entry_point"),
         ('{"inputs": [], "outputs": []}', {}, "no tests"),
         ('{"inputs": ["1"], "outputs": []}', {}, "one length"),
-        ('{"inputs": ["1"], "outputs": [1], "fn_name": "f"}', {}, "list of arguments"),
+        ('{"inputs": ["1"], "outputs": [1], "fn_name": "f"}', {}, "a list of arguments"),
         ('{"inputs": [1], "outputs": ["1"]}', {}, "must be texts"),
         ('[{"input": "1"}]', {}, '"input" and "output"'),
         ('[{"input": "x", "output": "1", "testtype": "functional"}]', META, "JSON values"),
@@ -236,11 +236,20 @@ def test_golds_without_a_test_are_gold_errors(verifier, gold, meta, reason):
     assert reason in verdict.info["reason"] and "\n" not in verdict.info["reason"]
 
 
+@pytest.mark.parametrize("program", ["import os\nos._exit(0)", "def add(a, b):\n    import os\n    os._exit(0)"])
+def test_no_value_is_not_null(verifier, program):
+    gold = json.dumps({"inputs": [[2, 3]], "outputs": [None], "fn_name": "add"})
+    assert grade(verifier, program, gold).info["reason"].endswith("the program ended before it gave a value")
+    assert grade(verifier, "def add(a, b): pass", gold).score == 1.0
+
+
 def test_which_block_is_run(verifier):
     assert last_block("```python\nx = 1\n```\nand\n```python\nx = 2\n```\n") == "x = 2\n"
     assert last_block("```\nx = 1\n```\n```text\nout\n```") == "x = 1\n"
     assert last_block("<think>\n```python\nx = 1\n```\n</think> none") is None
     assert last_block("```python\nx = 1") is None
+    assert last_block("```python\nx = '```'\n```") == "x = '```'\n"
+    assert last_block("```python\n" * 100_000) is None
     assert verifier.verify("no code", ASSERT_GOLD, meta={}).status == "no_answer"
     assert grade(verifier, ADD, ASSERT_GOLD, {"truncated": True}).status == "no_answer"
     whole = CodeVerifier(extraction="whole", test_seconds=20, total_seconds=60)

@@ -13,7 +13,7 @@ CUE = re.compile(r"\b(?:it's|it is|is|choose|pick|select|[Oo]ption|[Cc]hoice)\s+
 ANOTHER = re.compile(r"[*).]{0,3}\s?(?:,|;|/|&|and\b|or\b|et\b|ou\b)\s?(?:and\s|or\s)?\(?[A-J](?![\w'])")
 LONE = re.compile(r"(?<![\w'])[A-HJ](?![\w'])")
 ARTICLE = re.compile(r"\s+(?!(?:because|since|as|not|non|is)\b)[a-z]+")
-SEVERAL = re.compile(r"[A-J](?:[\s,;&]*(?:\band\b[\s,;&]*)?[A-J])*")
+SEVERAL = re.compile(r"[A-J](?:[\s,;&]*(?:and[\s,;&]*)?[A-J])*")
 FILLED = ("option", "choice", "for sure", "definitely", "clearly", "letter", "the ")
 MAX_START = 200
 

@@ -27,6 +27,8 @@ DECIMAL_COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})|-?0,\d+")
 TWO_NUMBERS = re.compile(r"-?[1-9]\d*,\d")
 TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|textit|mbox|textnormal|textrm)\s*\{([^{}]*)\}")
 SPACING = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|q?quad|displaystyle)(?![a-zA-Z])|\\[,;:! ]|~")
+ALONE = re.compile(r"[-+]?[\d.,/]+ [A-Za-z]+")
+LETTER_UNIT = re.compile(r"(?<=\d) (?:m|s|g|h|L|N|J|W|V|K|Hz|Pa)(?:\^\{?\d\}?)?(?:/(?:m|s|g|h|L)(?:\^\{?\d\}?)?)?$")
 BLANKS = re.compile(r"(?<![\d,]) | (?!\d)")
 WORDS = re.compile(r"\(?[A-Za-z'\-]+\)?")
 INTEGER = re.compile(r"-?(?:0|[1-9]\d{0,14})")
@@ -70,12 +72,14 @@ class MathVerifier:
     require_evaluated: an answer that leaves a sum, product, integral, limit or derivative to be worked out is wrong,
     unless the gold is of the same form; False works it out. A gold's is always worked out.
 
-    Text in <think> blocks never counts. A response whose last box is not closed, or whose meta says
+    thoughts: with "count" an answer may stand in a <think> block, which with "ignore" is as if it were not there.
+
+    A response whose last box is not closed, or whose meta says
     `truncated: true`, has no answer. Raises ValueError for an unknown option value.
     """
 
     name = "math"
-    version = "2"
+    version = "3"
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class MathVerifier:
         degrees: Literal["either", "strict"] = "either",
         units: Literal["agree", "required", "ignore"] = "agree",
         require_evaluated: bool = True,
+        thoughts: Literal["ignore", "count"] = "ignore",
     ) -> None:
         if extraction not in ("strict", "anchored", "lenient"):
             raise ValueError(f"extraction {extraction!r}: use strict, anchored or lenient")
@@ -92,12 +97,15 @@ class MathVerifier:
             raise ValueError(f"percent {percent!r}: use either or strict")
         if precision < 1:
             raise ValueError(f"precision {precision}: give the significant digits, at least 1")
-        self.extraction = extraction
         if degrees not in ("either", "strict"):
             raise ValueError(f"degrees {degrees!r}: use either or strict")
         if units not in ("agree", "required", "ignore"):
             raise ValueError(f"units {units!r}: use agree, required or ignore")
+        if thoughts not in ("ignore", "count"):
+            raise ValueError(f"thoughts {thoughts!r}: use ignore or count")
+        self.extraction = extraction
         self.units = units
+        self.thoughts = thoughts
         self.rules = Rules(precision, percent == "either", degrees == "either", require_evaluated)
 
     def warm_up(self) -> None:
@@ -168,7 +176,7 @@ class MathVerifier:
     def answer_texts(self, response: str) -> list[str]:
         """The answer that the response states, as one text or, where words surround it, as the texts to try reading
         in turn; the first that is mathematics is graded, and no other. Empty without an answer."""
-        text = extract.without_thoughts(response)
+        text = self.shown(response)
         if extract.BOX.search(text):
             box = extract.boxed(text)
             return [] if box is None or not box.strip() else [box]
@@ -182,9 +190,12 @@ class MathVerifier:
             return [text.strip()]
         return extract.lenient(text) if self.extraction == "lenient" else []
 
+    def shown(self, response: str) -> str:
+        return response if self.thoughts == "count" else extract.without_thoughts(response)
+
     def chosen(self, response: str, texts: Sequence[str]) -> str | None:
         """The letter of a multiple choice that the response settles on."""
-        text = extract.without_thoughts(response)
+        text = self.shown(response)
         if extract.BOX.search(text) or self.extraction == "strict":
             return letter_of(plain(clean(texts[0]))) if texts else None
         stated = extract.stated(text)
@@ -236,6 +247,7 @@ def read(text: str) -> Reading:
         return Reading(text, flat, (), "empty")
     if (tree := meaning(flat)) is not None:
         return Reading(text, flat, (tree,), words=True)
+    cleaned = LETTER_UNIT.sub("", cleaned) if ALONE.match(cleaned) else cleaned
     try:
         trees = (parse(cleaned),)
         if has_thousands(cleaned):

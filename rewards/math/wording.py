@@ -40,7 +40,7 @@ UNIT_NAMES = {
     "minute": "minutes mins", "hour": "hours hr hrs", "day": "days", "week": "weeks", "month": "months",
     "year": "years yr yrs", "dollar": "dollars usd", "cent": "cents", "euro": "euros eur", "mph": "", "kph": "",
     "degree": "degrees deg", "%": "percent pct percentage", "ml": "milliliter milliliters",
-    "liter": "liters litre litres", "rad": "radian radians",
+    "liter": "liters litre litres",
 }  # fmt: skip
 UNITS = {alias: unit for unit, aliases in UNIT_NAMES.items() for alias in (unit, *aliases.split())}
 UNIT_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}|\\circ\b|%|\\\$|\u20ac")

@@ -181,6 +181,15 @@ def test_a_response_cut_off_has_no_answer():
     assert verifier.verify("\\boxed{7}", "7", meta={"truncated": True}).status == "no_answer"
 
 
+def test_thoughts_count_when_asked():
+    asked = MathVerifier(thoughts="count")
+    for response in ("<think>\\boxed{7}</think>", "<think>so \\boxed{7}", "<think>the answer is 7</think>"):
+        assert verifier.verify(response, "7", meta={}).status == "no_answer"
+        assert asked.verify(response, "7", meta={}).status == "correct"
+    with pytest.raises(ValueError, match="thoughts 'no'"):
+        MathVerifier(thoughts="no")
+
+
 def test_strict_takes_the_box_alone_and_lenient_the_last_number():
     strict, lenient = MathVerifier(extraction="strict"), MathVerifier(extraction="lenient")
     assert strict.verify("The answer is 7.", "7", meta={}).status == "no_answer"

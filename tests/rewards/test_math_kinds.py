@@ -129,6 +129,8 @@ SAME = {
         ("3 hours", "3\\text{ hrs}"),
         ("3/4 cup", "3/4"),
         ("60 miles per hour", "60"),
+        ("12", "12 m/s"),
+        ("30^\\circ", "\\frac{\\pi}{6}\\text{ radians}"),
     ],
     "words and choices": [
         ("\\text{Yes}", "yes."),
@@ -137,6 +139,7 @@ SAME = {
         ("B", "Option B"),
         ("D", "D: 15"),
         ("AC", "A, C"),
+        ("\\text{A and C}", "A, C"),
         ("A,C", "C and A"),
         ("\\text{does not exist}", "DNE"),
     ],
@@ -240,6 +243,8 @@ DIFFERENT = {
         ("5 cm", "5 km"),
         ("\\sin 30", "\\frac12"),
         ("25\\%", "0.25\\%"),
+        ("12", "12m"),
+        ("2", "2 x"),
         ("\\$5", "500"),
     ],
     "words and choices": [

@@ -10,6 +10,7 @@ import re
 BOX = re.compile(r"[\\\x08](?:(?<=\\)\\?(?:boxed|fbox|framebox)\s*(?:\{|(?P<bare>\d))|(?<=\x08)oxed\{)")
 THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
 THOUGHT_END = re.compile(r"</think(?:ing)?>|</REASONING_END>")
+THOUGHT_MARK = re.compile(r"</?think(?:ing)?>")
 THOUGHT_START = re.compile(r"<think(?:ing)?>")
 BRACES = re.compile(r"[{}\\](?:(?<=\\).)?", re.DOTALL)
 AND = re.compile(r"(?:\s|[$,;.&]|\\[()\[\],;: ]|\\text\s*\{[^{}]{0,40}\}|\\q?quad|\band\b|\bor\b)*")

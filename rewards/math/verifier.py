@@ -18,7 +18,7 @@ from deltarl.rewards.math.parser import parse
 from deltarl.rewards.math.scalars import Rules
 from deltarl.rewards.math.symbolic import holds_operator
 from deltarl.rewards.math.sympy_trees import load_sympy
-from deltarl.rewards.math.wording import meaning, units_in
+from deltarl.rewards.math.wording import meaning, units_in, without_letter_unit
 from deltarl.rewards.types import Verdict
 
 Extraction = Literal["strict", "anchored", "lenient"]
@@ -27,8 +27,6 @@ DECIMAL_COMMA = re.compile(r"-?\d+,(?:\d{1,2}|\d{4,})|-?0,\d+")
 TWO_NUMBERS = re.compile(r"-?[1-9]\d*,\d")
 TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|textit|mbox|textnormal|textrm)\s*\{([^{}]*)\}")
 SPACING = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|q?quad|displaystyle)(?![a-zA-Z])|\\[,;:! ]|~")
-ALONE = re.compile(r"[-+]?[\d.,/]+ [A-Za-z]+")
-LETTER_UNIT = re.compile(r"(?<=\d) (?:m|s|g|h|L|N|J|W|V|K|Hz|Pa)(?:\^\{?\d\}?)?(?:/(?:m|s|g|h|L)(?:\^\{?\d\}?)?)?$")
 BLANKS = re.compile(r"(?<![\d,]) | (?!\d)")
 WORDS = re.compile(r"\(?[A-Za-z'\-]+\)?")
 INTEGER = re.compile(r"-?(?:0|[1-9]\d{0,14})")
@@ -191,7 +189,11 @@ class MathVerifier:
         return extract.lenient(text) if self.extraction == "lenient" else []
 
     def shown(self, response: str) -> str:
-        return response if self.thoughts == "count" else extract.without_thoughts(response)
+        return (
+            extract.THOUGHT_MARK.sub("\n\n", response)
+            if self.thoughts == "count"
+            else extract.without_thoughts(response)
+        )
 
     def chosen(self, response: str, texts: Sequence[str]) -> str | None:
         """The letter of a multiple choice that the response settles on."""
@@ -247,14 +249,15 @@ def read(text: str) -> Reading:
         return Reading(text, flat, (), "empty")
     if (tree := meaning(flat)) is not None:
         return Reading(text, flat, (tree,), words=True)
-    cleaned = LETTER_UNIT.sub("", cleaned) if ALONE.match(cleaned) else cleaned
+    cleaned, unit = without_letter_unit(cleaned)
+    units = units_in(text) | ({unit} if unit else frozenset())
     try:
         trees = (parse(cleaned),)
         if has_thousands(cleaned):
             trees += (parse(cleaned, thousands=False),)
         unevaluated = any(map(holds_operator, trees))
         problem = "a sum, integral or the like stands unevaluated" if unevaluated else None
-        return Reading(text, flat, trees, problem, unevaluated=unevaluated, units=units_in(text))
+        return Reading(text, flat, trees, problem, unevaluated=unevaluated, units=units)
     except Unevaluated as error:
         return Reading(text, flat, (), str(error), unevaluated=True)
     except ParseError as error:

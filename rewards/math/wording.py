@@ -33,23 +33,36 @@ MEANINGS: dict[str, Node] = {
     **dict.fromkeys(("doesnotexist", "dne", "undefined", "notdefined"), ("text", "undefined")),
 }
 UNIT_NAMES = {
-    "mm": "millimeter millimeters millimetre millimetres", "cm": "centimeter centimeters centimetre centimetres",
-    "km": "kilometer kilometers kilometre kilometres", "meter": "meters metre metres", "ft": "foot feet",
-    "inch": "inches", "yard": "yards yd", "mile": "miles mi", "kg": "kilogram kilograms", "gram": "grams",
-    "mg": "milligram milligrams", "lb": "lbs", "oz": "ounce ounces", "second": "seconds sec secs",
-    "minute": "minutes mins", "hour": "hours hr hrs", "day": "days", "week": "weeks", "month": "months",
+    "meter": "m meters metre metres", "second": "s seconds sec secs", "gram": "g grams", "hour": "h hours hr hrs",
+    "liter": "L liters litre litres", "mm": "millimeter millimeters millimetre millimetres", "ft": "foot feet",
+    "cm": "centimeter centimeters centimetre centimetres", "km": "kilometer kilometers kilometre kilometres",
+    "inch": "inches", "yard": "yards yd", "mile": "miles mi", "kg": "kilogram kilograms", "mg": "milligram milligrams",
+    "lb": "lbs", "oz": "ounce ounces", "minute": "minutes mins", "day": "days", "week": "weeks", "month": "months",
     "year": "years yr yrs", "dollar": "dollars usd", "cent": "cents", "euro": "euros eur", "mph": "", "kph": "",
     "degree": "degrees deg", "%": "percent pct percentage", "ml": "milliliter milliliters",
-    "liter": "liters litre litres",
 }  # fmt: skip
 UNITS = {alias: unit for unit, aliases in UNIT_NAMES.items() for alias in (unit, *aliases.split())}
 UNIT_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}|\\circ\b|%|\\\$|\u20ac")
+LETTERS = r"(?P<unit>m|s|g|h|L|N|J|W|V|K|Hz|Pa)(?:\^\{?\d\}?)?(?:/(?:m|s|g|h|L)(?:\^\{?\d\}?)?)?"
+AFTER_BLANK = re.compile(rf"(?P<value>[-+]?[\d.,/]+) {LETTERS}")
+UPRIGHT = re.compile(
+    rf"(?<=[\d}})])(?:\s|\\[,;: ]|~)*\\(?:text|textrm|mathrm|mbox|rm)\s*\{{ *{LETTERS} *\}}(?:\^\{{?\d\}}?)?$"
+)
 SIGNS = {"\\$": "dollar", "\u20ac": "euro", "\\circ": "degree"}
 
 
 def meaning(words: str) -> Node | None:
     """The value that words without their blanks stand for."""
     return MEANINGS.get(words.casefold())
+
+
+def without_letter_unit(text: str) -> tuple[str, str | None]:
+    """The text and the unit of one letter behind its value, if any: a blank or upright type tells it from a name."""
+    if upright := UPRIGHT.search(text):
+        return text[: upright.start()], UNITS.get(upright["unit"], upright["unit"])
+    if alone := AFTER_BLANK.fullmatch(text):
+        return alone["value"], UNITS.get(alone["unit"], alone["unit"])
+    return text, None
 
 
 def units_in(text: str) -> frozenset[str]:

@@ -25,6 +25,9 @@ class MathVerify:
     def __init__(self) -> None:
         logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each text that it cannot read
 
+    def warm_up(self) -> None:
+        self.verify("$\\boxed{\\frac{x}{2}}$", "0.5x", meta={})
+
     def verify(self, response: str, gold: str | Sequence[str], *, meta: Mapping[str, Any]) -> Verdict:
         golds = [gold] if isinstance(gold, str) else gold
         answer = parse(response) or parse(f"${response}$")

@@ -13,6 +13,7 @@ from typing import Any
 from mpmath import MPContext
 
 from deltarl.rewards.math.budget import fraction_price, function_price, spend
+from deltarl.rewards.math.determinants import determinant
 from deltarl.rewards.math.integers import exact_root, hash_number
 from deltarl.rewards.math.lexer import LimitError, ParseError
 from deltarl.rewards.math.nodes import Node, names
@@ -265,26 +266,12 @@ def _call(self: Evaluator, node: Node) -> Number:
 def _function(self: Evaluator, node: Node) -> Number:
     name, arguments = node[1], node[2]
     if name in ("det",):
-        return _determinant(self, arguments[0])
+        return determinant(self, arguments[0])
     values = [self.value(a) for a in arguments]
     known = FUNCTIONS.get(name)
     if known is None:
         raise NotANumber(f"unknown function {name}")
     return known(self, *values)
-
-
-def _determinant(self: Evaluator, matrix: Node) -> Number:
-    rows = [[self.value(cell) for cell in row] for row in matrix[1]]
-    if len(rows) != len(rows[0]) or len(rows) > 6:
-        raise LimitError("the determinant of a matrix that is not square or larger than 6")
-    return _laplace(self, rows)
-
-
-def _laplace(self: Evaluator, rows: list[list[Number]]) -> Number:
-    if len(rows) == 1:
-        return rows[0][0]
-    minors = [_laplace(self, [row[:i] + row[i + 1 :] for row in rows[1:]]) for i in range(len(rows))]
-    return self.sum([self.product(self.product(Fraction((-1) ** i), rows[0][i]), m) for i, m in enumerate(minors)])
 
 
 def _abs(_: Evaluator, value: Number) -> Number:

@@ -46,29 +46,42 @@ def spend(units: float) -> None:
         raise LimitError("more work than one answer may cost")
 
 
-@contextmanager
-def paid_by_the_call() -> Iterator[None]:
-    """For code of others whose work cannot be foreseen: each Python function that it calls is paid for.
+class paid_by_the_call:
+    """For code of others whose work cannot be foreseen: each Python function called in the block is paid for.
 
     Raises LimitError in the middle of it, also where it nests too deep for the interpreter.
-    """
-    outer = sys.getprofile()
 
-    def pay(_frame: FrameType, event: str, _argument: Any) -> None:
+    The interpreter drops a hook that raises, and what is raised while a generator is finalised goes nowhere: so each of
+    two hooks, before it raises, sets the other, which raises at the next call.
+    """
+
+    def __enter__(self) -> None:
+        self.outer = sys.getprofile(), sys.gettrace()
+        sys.setprofile(self._pay)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        profile, trace = self.outer
+        sys.setprofile(profile)
+        sys.settrace(trace)
+        if kind is _CallsSpent:
+            raise LimitError("more work than one answer may cost") from None
+        if kind is RecursionError:
+            raise LimitError("nested too deep for the interpreter") from None
+
+    def _pay(self, frame: FrameType, event: str, _argument: Any) -> None:
         if event == "call":
             _METER.left -= CALL_PRICE
-            if _METER.left < 0:
+            if _METER.left < 0 and frame.f_code is not _EXIT:
+                sys.settrace(self._stop)
                 raise _CallsSpent
 
-    sys.setprofile(pay)
-    try:
-        yield
-    except _CallsSpent:
-        raise LimitError("more work than one answer may cost") from None
-    except RecursionError:
-        raise LimitError("nested too deep for the interpreter") from None
-    finally:
-        sys.setprofile(outer)
+    def _stop(self, frame: FrameType, _event: str, _argument: Any) -> None:
+        if frame.f_code is not _EXIT:
+            sys.setprofile(self._pay)
+            raise _CallsSpent
+
+
+_EXIT = paid_by_the_call.__exit__.__code__
 
 
 def fraction_price(bits: int) -> float:

@@ -233,6 +233,8 @@ class Atoms(Operators):
         if opener == "langle":
             return ("tuple", items, "(", ")")
         if opener == "{" or (len(items) == 1 and inside[0] != "list"):
+            if closer != CLOSERS[opener][0]:
+                raise ParseError(f"one value between {opener} and {closer}")
             return inside
         return ("tuple", items, opener, closer)
 

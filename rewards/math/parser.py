@@ -3,12 +3,18 @@
 Raises ParseError for what it does not know and LimitError past a bound.
 """
 
+from fractions import Fraction
+
 from deltarl.rewards.math.atoms import MAX_DEPTH, Atoms
+from deltarl.rewards.math.evaluate import NotANumber, Undefined
 from deltarl.rewards.math.lexer import LimitError, ParseError, join_thousands, tokenize, words
-from deltarl.rewards.math.nodes import Node, as_list, check_depth, flat_name, is_name, product
+from deltarl.rewards.math.nodes import CONSTANT_NAMES, Node, as_list, check_depth, flat_name, is_name, names, product
+from deltarl.rewards.math.scalars import decimal, order
 
 RELATION_OPS = frozenset(("=", "<", ">", "<=", ">=", "!=", "~", "in"))
 LEAD_WORDS = words("approximately about exactly is the final answer answer: equals only therefore thus so")
+DENIALS = words("not no wrong incorrect false never neither nor isn't except")
+ABOUT = Fraction(1, 20)
 
 
 def parse(text: str, *, thousands: bool = True) -> Node:
@@ -72,8 +78,8 @@ class _Parser(Atoms):
             self.at += 1
             if op == "!" and self.accept("="):
                 op = "!="
-            if op == "~" and (ops or not is_name(terms[0])):
-                self.ratio()
+            if op == "~" and (ops or not is_name(terms[0]) or terms[0][1] in CONSTANT_NAMES):
+                check_about(terms[-1], self.ratio())
                 continue
             ops.append("=" if op == "~" else op)
             terms.append(self.ratio())
@@ -147,10 +153,12 @@ class _Parser(Atoms):
                 return node
 
     def unit(self) -> bool:
-        """Words behind a value, with an exponent (cm^2): skipped."""
+        """Words behind a value, with an exponent (cm^2): skipped, unless they take the value back."""
         if self.kind() != "text":
             return False
         while self.kind() == "text":
+            if words(self.value().lower()) & DENIALS:
+                raise ParseError(f"words that deny the value: {self.value()!r}")
             self.at += 1
             if self.accept("^"):
                 self.argument()
@@ -227,3 +235,19 @@ class _Parser(Atoms):
                 node = self.angle(node)
             else:
                 return node
+
+
+def check_about(value: Node, rounded: Node) -> None:
+    """`1/3 ≈ 0.3` passes, `7 ≈ 9` raises ParseError: apart by more than a twentieth and than the last place shown."""
+    if names(value) | names(rounded):
+        return
+    apart = ("fn", "abs", (("add", (value, ("neg", rounded))),))
+    shown = decimal(rounded)
+    try:
+        if order(apart, ("mul", (("num", ABOUT, 0), ("fn", "abs", (value,))))) <= 0:
+            return
+        if shown and order(apart, ("num", Fraction(1, 10 ** shown[1]), 0)) <= 0:
+            return
+    except (NotANumber, Undefined):
+        return
+    raise ParseError("a value is not about what it is said to be about")

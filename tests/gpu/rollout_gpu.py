@@ -1,6 +1,6 @@
 """vLLM on one GPU against the trainer's model: parity before and after three syncs, speed, start time, for kda and mla.
 
-Run by hand:  python tests/gpu/rollout_gpu.py [kda mla]        (each arm about four minutes on a fresh machine, most of it autotuning; prints a table last)
+Run by hand:  python tests/gpu/rollout_gpu.py [kda mla]        (four minutes an arm; prints a table last)
 
 The floor is the distance between the trainer's model in bf16 and in fp32 on the same tokens: what bf16 alone costs.
 """

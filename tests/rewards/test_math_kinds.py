@@ -22,6 +22,13 @@ SAME = {
         ("21", "twenty-one"),
         ("5", "five"),
     ],
+    "rounded values": [
+        ("\\pi", "\\pi \\approx 3.14"),
+        ("\\frac23", "\\frac{2}{3} \\approx 0.7"),
+        ("\\sqrt2", "\\sqrt{2} \\approx 1.41"),
+        ("7", "7 \\approx 7.0001"),
+    ],
+    "taken back": [("7", "7\\text{ cm}"), ("7", "(7)"), ("7", "[7]")],
     "repeating decimals": [
         ("0.\\overline{3}", "1/3"),
         ("0.1\\overline{6}", "\\frac16"),
@@ -159,6 +166,19 @@ DIFFERENT = {
         ("12", "1,2"),
         ("2^{1000}", "2^{1001}"),
         ("100!", "101!"),
+    ],
+    "rounded values": [
+        ("7", "7 \\approx 9"),
+        ("\\pi", "\\pi \\approx 3.5"),
+        ("\\sqrt2", "\\sqrt2 \\approx 2"),
+        ("9", "7 \\approx 9"),
+    ],
+    "taken back": [
+        ("7", "7\\text{ not}"),
+        ("7", "7\\text{ is wrong}"),
+        ("7", "\\text{not } 7"),
+        ("7", "(7]"),
+        ("7", "[7)"),
     ],
     "repeating decimals": [
         ("0.\\overline{9}", "0.9"),

@@ -144,6 +144,39 @@ def test_matrices(rows, columns, data, random):
 
 
 @BOUNDED
+@given(distinct_values, st.booleans(), randoms)
+def test_intervals_in_any_order_and_with_their_own_ends(ends, unbounded, random):
+    ends = sorted(ends)[: len(ends) // 2 * 2]
+    pieces = [
+        [random.choice("(["), low, high, random.choice(")]")] for low, high in zip(ends[::2], ends[1::2], strict=True)
+    ]
+    if unbounded:
+        pieces.append(["(" if random.random() < 0.5 else "[", ends[-1] + 1, "\\infty", ")"])
+
+    def joined(pieces, sign):
+        return sign.join(f"{opener}{low},{high}{closer}" for opener, low, high, closer in pieces)
+
+    gold = joined(pieces, " \\cup ")
+    assert status(joined(random.sample(pieces, len(pieces)), "\u222a"), gold) == "correct"
+    assert status(f"x \\in {gold}", gold) == "correct"
+    chosen, at = random.randrange(len(pieces)), random.choice((0, 1))
+    changed = [list(piece) for piece in pieces]
+    changed[chosen][at] = {"(": "[", "[": "("}.get(changed[chosen][at], changed[chosen][1] - Fraction(1, 2))
+    assert status(joined(changed, "\\cup"), gold) == "incorrect"
+
+
+@BOUNDED
+@given(polynomials, polynomials, st.integers(1, 9))
+def test_quotients_of_polynomials(top, bottom, change):
+    gold = f"\\frac{{{factored(top)}}}{{{factored(bottom)}}}"
+    again = f"({polynomial(expanded(top))})/({polynomial(expanded(bottom))})"
+    assert status(again, gold) == "correct"
+    assert status(f"({factored(top)}) \\cdot ({factored(bottom)})^{{-1}}", gold) == "correct"
+    assert status(f"\\frac{{{factored(top)} + {change}}}{{{factored(bottom)}}}", gold) == "incorrect"
+    assert status(f"{gold} + {change}", gold) == "incorrect"
+
+
+@BOUNDED
 @given(polynomials, st.integers(2, 9), st.integers(1, 9))
 def test_equations_up_to_rearrangement_and_scaling(roots, factor, change):
     gold = f"y = {factored(roots)}"

@@ -6,6 +6,7 @@ Autocast is off inside: every operator chooses its own precision.
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib.util import find_spec
 
 import torch
 
@@ -20,7 +21,18 @@ TORCH: Mapping[str, Callable] = {
     "gdn_decode_": gdn.gdn_decode_,
     "causal_conv1d": conv.causal_conv1d,
 }
-BY_DEVICE: Mapping[str, Mapping[str, Callable]] = {}
+
+
+def _triton_operators() -> Mapping[str, Callable]:
+    if find_spec("triton") is None:
+        return {}
+    from deltarl.kernels.fused import operators
+
+    names = ("kda_chunk", "kda_decode_", "gdn_chunk", "gdn_decode_")
+    return {name: getattr(operators, name) for name in names}
+
+
+BY_DEVICE: Mapping[str, Mapping[str, Callable]] = {"cuda": _triton_operators()}
 
 
 def _dispatched(name: str) -> Callable:

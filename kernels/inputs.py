@@ -61,11 +61,7 @@ def prepare(
     use_qk_l2norm: bool,
 ) -> Prepared:
     """Casts to the computing dtype and applies gate, sigmoid, l2-norm and scale. Raises ValueError on bad shapes."""
-    _check_shapes(q, k, v, g, beta)
-    if A_log is None and (dt_bias is not None or gate_lower_bound is not None):
-        raise ValueError("dt_bias and gate_lower_bound belong to the raw gate: pass A_log as well")
-    if gate_lower_bound is not None and gate_lower_bound >= 0:
-        raise ValueError(f"gate_lower_bound must be negative, got {gate_lower_bound}")
+    check_arguments(q, k, v, g, beta, A_log, dt_bias, gate_lower_bound)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     if A_log is not None:
@@ -100,7 +96,17 @@ def initial_or_zero(state: Tensor | None, count: int, like: Prepared) -> Tensor:
     return state.to(like.k.dtype)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    gate_lower_bound: float | None,
+) -> None:
+    """Raises ValueError, naming the shapes, unless an operator can take these together."""
     if q.ndim != 4 or k.shape != q.shape:
         raise ValueError(f"q and k must both be [B, T, H, K], got {tuple(q.shape)} and {tuple(k.shape)}")
     if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] < q.shape[2] or v.shape[2] % max(1, q.shape[2]):
@@ -112,3 +118,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> N
             f"g must be [B, T, HV, K] and beta [B, T, HV], got {tuple(g.shape)} and {tuple(beta.shape)} "
             f"for q {tuple(q.shape)} and v {tuple(v.shape)}"
         )
+    if A_log is None and (dt_bias is not None or gate_lower_bound is not None):
+        raise ValueError("dt_bias and gate_lower_bound belong to the raw gate: pass A_log as well")
+    if gate_lower_bound is not None and gate_lower_bound >= 0:
+        raise ValueError(f"gate_lower_bound must be negative, got {gate_lower_bound}")

@@ -1,0 +1,1 @@
+"""The operators for NVIDIA GPUs, in Triton."""

@@ -1,0 +1,26 @@
+"""Tile widths, warps and pipeline stages of each kernel, measured offline; nothing is tuned while a program runs.
+
+`block` is the number of channels (prepare, gradients) or state columns (the others) that one step works on.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+CONFIGS = {
+    "prepare": Config(block=32, num_warps=4, num_stages=1),
+    "scan": Config(block=16, num_warps=4, num_stages=3),
+    "scan_backward": Config(block=16, num_warps=4, num_stages=2),
+    "value_gradients": Config(block=64, num_warps=4, num_stages=1),
+    "gradients": Config(block=32, num_warps=8, num_stages=1),
+    "decode": Config(block=32, num_warps=4, num_stages=1),
+}

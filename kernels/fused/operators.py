@@ -1,0 +1,59 @@
+"""What the dispatcher runs on NVIDIA GPUs: Triton for inputs its kernels were measured right with, else torch.
+
+The chunk kernels are right in Triton's interpreter for K and V of 32, 64 and 128 in fp32, but compiled for an H100 by
+Triton 3.6 they gave wrong values for K=64 V=32 and K=32 V=64 (docs/kernels-notes.md): only what `kernels_gpu.py` passed
+is taken here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltarl.kernels.chunk import kda_chunk as kda_chunk_torch
+from deltarl.kernels.fused.chunk import kda_chunk as kda_chunk_triton
+from deltarl.kernels.fused.decode import kda_decode_ as kda_decode_triton
+from deltarl.kernels.recurrent import kda_decode_ as kda_decode_torch
+
+WIDTH = 128
+
+
+def kda_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """See `deltarl.kernels.kda_chunk`. Triton's: bf16, K = V = 128, l2-norm on, the gate with dt_bias or none."""
+    raw, biased = options.get("A_log") is not None, options.get("dt_bias") is not None
+    proven = (
+        all(x.dtype == torch.bfloat16 for x in (q, k, v, g, beta))
+        and q.ndim == v.ndim == 4
+        and q.shape[-1] == v.shape[-1] == WIDTH
+        and q.shape[1] > 0
+        and raw == biased
+        and options.get("use_qk_l2norm", True)
+    )
+    return (kda_chunk_triton if proven else kda_chunk_torch)(q, k, v, g, beta, **options)
+
+
+def gdn_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """See `deltarl.kernels.gdn_chunk`."""
+    return kda_chunk(q, k, v, g.unsqueeze(-1), beta, **options)
+
+
+def kda_decode_(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor, **options: Any
+) -> Tensor:
+    """See `deltarl.kernels.kda_decode_`. Triton's: bf16, K = V = 128, states that are each in one piece."""
+    proven = (
+        q.dtype == torch.bfloat16
+        and q.ndim == v.ndim == 3
+        and q.shape[-1] == v.shape[-1] == WIDTH
+        and len(q) > 0
+        and len(state) > 0
+        and state[0].is_contiguous()
+    )
+    return (kda_decode_triton if proven else kda_decode_torch)(q, k, v, g, beta, state, slots, **options)
+
+
+def gdn_decode_(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor, **options: Any
+) -> Tensor:
+    """See `deltarl.kernels.gdn_decode_`."""
+    return kda_decode_(q, k, v, g.unsqueeze(-1), beta, state, slots, **options)

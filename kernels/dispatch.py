@@ -1,12 +1,14 @@
 """The one place that chooses which implementation of an operator runs, by the device of its first tensor.
 
-`TORCH` runs anywhere. A device type listed in `BY_DEVICE` overrides the operators it names, with the same signatures.
+`TORCH` runs anywhere. A device type listed in `BY_DEVICE` overrides the operators it names, with the same signatures:
+Triton's on CUDA where DELTARL_KERNELS=triton is set. They are not the default until their whole test table passes on a
+GPU (docs/results/kernels.md).
 Autocast is off inside: every operator chooses its own precision.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from functools import wraps
-from importlib.util import find_spec
 
 import torch
 
@@ -23,16 +25,19 @@ TORCH: Mapping[str, Callable] = {
 }
 
 
-def _triton_operators() -> Mapping[str, Callable]:
-    if find_spec("triton") is None:
+def _by_device() -> Mapping[str, Mapping[str, Callable]]:
+    """Triton's operators where DELTARL_KERNELS=triton asks for them. Raises ValueError for another value."""
+    choice = os.environ.get("DELTARL_KERNELS", "torch")
+    if choice == "torch":
         return {}
+    if choice != "triton":
+        raise ValueError(f"DELTARL_KERNELS is {choice!r}: use torch, or triton")
     from deltarl.kernels.fused import operators
 
-    names = ("kda_chunk", "kda_decode_", "gdn_chunk", "gdn_decode_")
-    return {name: getattr(operators, name) for name in names}
+    return {"cuda": {"kda_chunk": operators.kda_chunk, "kda_decode_": operators.kda_decode_}}
 
 
-BY_DEVICE: Mapping[str, Mapping[str, Callable]] = {"cuda": _triton_operators()}
+BY_DEVICE: Mapping[str, Mapping[str, Callable]] = _by_device()
 
 
 def _dispatched(name: str) -> Callable:

@@ -19,12 +19,14 @@ WIDTH = 128
 
 
 def kda_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """See `deltarl.kernels.kda_chunk`. Triton's: bf16, K = V = 128, l2-norm on, the gate with dt_bias or none."""
+    """See `deltarl.kernels.kda_chunk`. Triton's: bf16, K = V = 128, as many heads of v as of q, a decay per channel,
+    l2-norm on, the gate with dt_bias or none."""
     raw, biased = options.get("A_log") is not None, options.get("dt_bias") is not None
     proven = (
         all(x.dtype == torch.bfloat16 for x in (q, k, v, g, beta))
         and q.ndim == v.ndim == 4
-        and q.shape[-1] == v.shape[-1] == WIDTH
+        and q.shape == v.shape == g.shape
+        and q.shape[-1] == WIDTH
         and q.shape[1] > 0
         and raw == biased
         and options.get("use_qk_l2norm", True)
@@ -32,28 +34,20 @@ def kda_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **option
     return (kda_chunk_triton if proven else kda_chunk_torch)(q, k, v, g, beta, **options)
 
 
-def gdn_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """See `deltarl.kernels.gdn_chunk`."""
-    return kda_chunk(q, k, v, g.unsqueeze(-1), beta, **options)
-
-
 def kda_decode_(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor, **options: Any
 ) -> Tensor:
-    """See `deltarl.kernels.kda_decode_`. Triton's: bf16, K = V = 128, states that are each in one piece."""
+    """See `deltarl.kernels.kda_decode_`. Triton's: bf16, K = V = 128, as many heads of v as of q, a decay per channel
+    from the gate with dt_bias, states that are each in one piece."""
     proven = (
         q.dtype == torch.bfloat16
-        and q.ndim == v.ndim == 3
-        and q.shape[-1] == v.shape[-1] == WIDTH
+        and q.ndim == 3
+        and q.shape == v.shape == g.shape
+        and q.shape[-1] == WIDTH
+        and options.get("A_log") is not None
+        and options.get("dt_bias") is not None
         and len(q) > 0
         and len(state) > 0
         and state[0].is_contiguous()
     )
     return (kda_decode_triton if proven else kda_decode_torch)(q, k, v, g, beta, state, slots, **options)
-
-
-def gdn_decode_(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor, **options: Any
-) -> Tensor:
-    """See `deltarl.kernels.gdn_decode_`."""
-    return kda_decode_(q, k, v, g.unsqueeze(-1), beta, state, slots, **options)

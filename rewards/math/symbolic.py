@@ -162,6 +162,7 @@ def _rewritten(sympy: Any, difference: Expression) -> Iterator[Expression]:
         yield sympy.expand(difference.rewrite((sympy.Max, sympy.Min), sympy.Abs).rewrite(sympy.floor))
     if difference.has(sympy.log):
         yield sympy.expand(sympy.expand_log(difference, force=True))
+        yield sympy.expand(_without_logs_of_sizes(sympy, difference))
     if difference.has(sympy.factorial, sympy.binomial):
         yield sympy.gammasimp(difference)
     if difference.has(*_periodic(sympy)):
@@ -172,6 +173,14 @@ def _rewritten(sympy: Any, difference: Expression) -> Iterator[Expression]:
         yield sympy.expand(sympy.expand_power_base(difference, force=True))
         yield sympy.expand(_with_radicands_factored(sympy, _without_first_root(sympy, difference)))
     yield sympy.simplify(difference)
+
+
+def _without_logs_of_sizes(sympy: Any, value: Expression) -> Expression:
+    """ln u as ln(u^2) / 2 where u holds absolute values and is not negative: ln |x| is ln(x^2) / 2."""
+    return value.replace(
+        lambda part: isinstance(part, sympy.log) and part.args[0].has(sympy.Abs) and part.args[0].is_nonnegative,
+        lambda part: sympy.log(part.args[0] ** 2) / 2,
+    )
 
 
 def _without_first_root(sympy: Any, value: Expression) -> Expression:

@@ -1,5 +1,9 @@
 """Chunked and recurrent KDA against the token-by-token definition, and what packing and causality promise."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from kda_inputs import doubled, raw_inputs, rms_ratio
@@ -195,3 +199,9 @@ def test_low_precision_inputs_are_computed_in_fp32():
 def test_inputs_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         kda_chunk(**{**raw_inputs(1, 4), **change})
+
+
+def test_an_unknown_choice_of_kernels_is_refused():
+    command = [sys.executable, "-P", "-c", "import deltarl.kernels"]
+    done = subprocess.run(command, env={**os.environ, "DELTARL_KERNELS": "cuda"}, capture_output=True, text=True)
+    assert done.returncode != 0 and "DELTARL_KERNELS is 'cuda': use torch, or triton" in done.stderr

@@ -23,7 +23,7 @@ SETTINGS = settings(
 )
 VERIFIERS = [MathVerifier(), MathVerifier(extraction="lenient", require_evaluated=False)]
 ANSWERED = ("correct", "incorrect", "no_answer", "limit")
-ELSEWHERE = ("boxed", "think", "#", "answer", "$", "\\(", "\\[")
+ELSEWHERE = ("box", "think", "#", "answer", "$", "\\(", "\\[")
 verifier_of_golds = VERIFIERS[0]
 verifier_of_golds.warm_up()
 

@@ -1,0 +1,120 @@
+"""The Triton kernels in Triton's interpreter, in fp32, where what remains of an error is a mistake.
+
+Run by hand where triton is installed (3.7 or newer; the CPU profile has none):
+
+    TRITON_INTERPRET=1 pytest tests/kernels/triton_interpreter.py
+"""
+
+import pytest
+import torch
+from kda_inputs import doubled, raw_inputs, rms_ratio
+
+from deltarl.kernels import kda_reference
+from deltarl.kernels.fused.chunk import kda_chunk
+from deltarl.kernels.fused.decode import kda_decode_
+from deltarl.kernels.recurrent import kda_decode_ as kda_decode_torch
+
+# fp32 with sums over 64 tokens and 32 to 64 channels; gradients pass through twice as many of them.
+VALUE_RATIO, GRADIENT_RATIO = 1e-5, 5e-5
+
+
+def gated(inputs: dict) -> dict:
+    del inputs["A_log"], inputs["dt_bias"]
+    return {**inputs, "g": -inputs["g"].abs(), "beta": inputs["beta"].sigmoid()}
+
+
+def strong(inputs: dict) -> dict:
+    inputs = gated(inputs)
+    inputs["g"][:, ::7] = -300.0
+    return inputs
+
+
+def as_in_the_model(inputs: dict) -> dict:
+    """q, k and v as views of one projection."""
+    mixed = torch.stack([inputs[name] for name in "qkv"], 2)
+    return {**inputs, **dict(zip("qkv", mixed.unbind(2), strict=True))}
+
+
+CASES = {
+    "two chunks": ({"tokens": 70}, {}, as_in_the_model),
+    "bounded gate": ({"tokens": 17}, {"gate_lower_bound": -5.0}, dict),
+    "one token": ({"tokens": 1}, {}, dict),
+    "packed, decay of -300": ({"tokens": 100, "heads": 1, "value": 64}, {"bounds": [0, 3, 3, 70, 100]}, strong),
+    "two blocks of channels": ({"tokens": 40, "heads": 1, "key": 64}, {"scale": 0.3}, gated),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_match_the_reference(name):
+    shape, options, change = CASES[name]
+    shape = {"batch": 1, "heads": 2, "key": 32, "value": 32, **shape}
+    options = dict(options)
+    inputs = change(raw_inputs(**shape))
+    sequences = 1
+    if "bounds" in options:
+        options["cu_seqlens"] = torch.tensor(options.pop("bounds"))
+        sequences = len(options["cu_seqlens"]) - 1
+    generator = torch.Generator().manual_seed(1)
+    state_shape = (sequences, shape["heads"], shape["key"], shape["value"])
+    inputs["initial_state"] = torch.randn(state_shape, generator=generator)
+    leaves = {key: x.detach().requires_grad_() for key, x in inputs.items()}
+    exact = {key: x.requires_grad_() for key, x in doubled(inputs).items()}
+    o, state = kda_chunk(**leaves, output_final_state=True, **options)
+    expected, expected_state = kda_reference(**exact, output_final_state=True, **options)
+    assert rms_ratio(o.detach(), expected.detach()) <= VALUE_RATIO
+    assert rms_ratio(state.detach(), expected_state.detach()) <= VALUE_RATIO
+    do, dstate = torch.randn(o.shape, generator=generator), torch.randn(state.shape, generator=generator)
+    got = torch.autograd.grad((o, state), list(leaves.values()), (do, dstate))
+    wanted = torch.autograd.grad((expected, expected_state), list(exact.values()), (do.double(), dstate.double()))
+    for key, one, other in zip(inputs, got, wanted, strict=True):
+        assert rms_ratio(one, other) <= GRADIENT_RATIO, key
+
+
+def test_what_follows_never_changes_what_came_before():
+    first = {name: x.requires_grad_() for name, x in raw_inputs(1, 70, 1, 32, 32).items()}
+    second = {name: x.detach().clone() for name, x in first.items()}
+    cut = 50
+    for name in ("q", "k", "v", "g", "beta"):
+        second[name][:, cut:] = torch.randn_like(second[name][:, cut:]) * 3
+    second = {name: x.requires_grad_() for name, x in second.items()}
+    before = [kda_chunk(**inputs)[0][:, :cut] for inputs in (first, second)]
+    assert torch.equal(*before)
+    names = ("q", "k", "v", "g", "beta")
+    one, other = (
+        torch.autograd.grad(o.square().sum(), [inputs[name] for name in names])
+        for o, inputs in zip(before, (first, second), strict=True)
+    )
+    for name, a, b in zip(names, one, other, strict=True):
+        assert torch.equal(a[:, :cut], b[:, :cut]) and not b[:, cut:].any(), name
+
+
+def test_nan_stays_in_its_packed_sequence():
+    inputs = raw_inputs(1, 90, 1, 32, 32)
+    inputs["v"][:, 35], inputs["k"][:, 40], inputs["g"][:, 45] = torch.nan, torch.nan, torch.nan
+    token_wise = [inputs[name].requires_grad_() for name in ("q", "k", "v", "g", "beta")]
+    o, state = kda_chunk(**inputs, output_final_state=True, cu_seqlens=torch.tensor([0, 33, 50, 90]))
+    assert o[:, 33:50].isnan().any() and state[[0, 2]].isfinite().all()
+    for x in (o, *torch.autograd.grad(o.sum(), token_wise)):
+        assert x[:, :33].isfinite().all() and x[:, 50:].isfinite().all()
+
+
+def test_value_heads_share_key_heads_and_a_decay_per_head():
+    inputs = raw_inputs(1, 20, 2, 32, 32)
+    inputs["q"], inputs["k"], inputs["g"] = inputs["q"][:, :, :1], inputs["k"][:, :, :1], inputs["g"][..., :1]
+    inputs["dt_bias"] = inputs["dt_bias"][:2]
+    expected, _ = kda_reference(**doubled(inputs))
+    assert rms_ratio(kda_chunk(**inputs)[0], expected) <= VALUE_RATIO
+
+
+@pytest.mark.parametrize("width", [1, 32])
+@pytest.mark.parametrize("bound", [None, -5.0])
+def test_decoding_matches_torch_and_changes_only_the_named_slots(width, bound):
+    inputs = {name: x[0] if x.ndim > 2 else x for name, x in raw_inputs(1, 3, 4, 32, 64).items()}
+    inputs["q"], inputs["k"], inputs["g"] = inputs["q"][:, :2], inputs["k"][:, :2], inputs["g"][..., :width]
+    inputs["dt_bias"] = inputs["dt_bias"][: 4 * width]
+    pool = torch.randn(6, 4, 32, 64)
+    expected_pool, slots = pool.clone(), torch.tensor([4, 0, 2])
+    o = kda_decode_(**inputs, state=pool, slots=slots, gate_lower_bound=bound)
+    expected = kda_decode_torch(**inputs, state=expected_pool, slots=slots, gate_lower_bound=bound)
+    assert rms_ratio(o, expected) <= VALUE_RATIO and rms_ratio(pool, expected_pool) <= VALUE_RATIO
+    assert torch.equal(pool[[1, 3, 5]], expected_pool[[1, 3, 5]])

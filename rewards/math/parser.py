@@ -3,18 +3,13 @@
 Raises ParseError for what it does not know and LimitError past a bound.
 """
 
-from fractions import Fraction
-
 from deltarl.rewards.math.atoms import MAX_DEPTH, Atoms
-from deltarl.rewards.math.evaluate import NotANumber, Undefined
 from deltarl.rewards.math.lexer import LimitError, ParseError, join_thousands, tokenize, words
-from deltarl.rewards.math.nodes import CONSTANT_NAMES, Node, as_list, check_depth, flat_name, is_name, names, product
-from deltarl.rewards.math.scalars import decimal, order
+from deltarl.rewards.math.nodes import CONSTANT_NAMES, Node, as_list, check_depth, flat_name, is_name, product
 
 RELATION_OPS = frozenset(("=", "<", ">", "<=", ">=", "!=", "~", "in"))
 LEAD_WORDS = words("approximately about exactly is the final answer answer: equals only therefore thus so")
 DENIALS = words("not no wrong incorrect false never neither nor isn't except")
-ABOUT = Fraction(1, 20)
 
 
 def parse(text: str, *, thousands: bool = True) -> Node:
@@ -79,7 +74,7 @@ class _Parser(Atoms):
             if op == "!" and self.accept("="):
                 op = "!="
             if op == "~" and (ops or not is_name(terms[0]) or terms[0][1] in CONSTANT_NAMES):
-                check_about(terms[-1], self.ratio())
+                self.ratio()
                 continue
             ops.append("=" if op == "~" else op)
             terms.append(self.ratio())
@@ -235,19 +230,3 @@ class _Parser(Atoms):
                 node = self.angle(node)
             else:
                 return node
-
-
-def check_about(value: Node, rounded: Node) -> None:
-    """`1/3 ≈ 0.3` passes, `7 ≈ 9` raises ParseError: apart by more than a twentieth and than the last place shown."""
-    if names(value) | names(rounded):
-        return
-    apart = ("fn", "abs", (("add", (value, ("neg", rounded))),))
-    shown = decimal(rounded)
-    try:
-        if order(apart, ("mul", (("num", ABOUT, 0), ("fn", "abs", (value,))))) <= 0:
-            return
-        if shown and order(apart, ("num", Fraction(1, 10 ** shown[1]), 0)) <= 0:
-            return
-    except (NotANumber, Undefined):
-        return
-    raise ParseError("a value is not about what it is said to be about")

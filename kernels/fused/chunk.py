@@ -4,17 +4,15 @@ Forward keeps nothing but its inputs; backward makes the states of the chunks an
 products summed in fp32; the states between the chunks are fp32.
 """
 
-from dataclasses import dataclass
-
 import torch
-import triton
 from torch import Tensor
 
-from deltarl.kernels.fused.chunks import CHUNK, Chunks, chunks_of, spans
+from deltarl.kernels.fused.call import Inputs, Options, Tiles
+from deltarl.kernels.fused.chunks import CHUNK, chunks_of, spans
 from deltarl.kernels.fused.configs import CONFIGS
 from deltarl.kernels.fused.gradients import gradients_kernel, value_gradients_kernel
 from deltarl.kernels.fused.prepare import prepare_kernel
-from deltarl.kernels.fused.scan import scan_backward_kernel, scan_kernel
+from deltarl.kernels.fused.scan import scan, scan_backward
 from deltarl.kernels.inputs import check_arguments, sequence_lengths
 
 
@@ -64,15 +62,6 @@ def one_per_value_head(
     return q, k, g, dt_bias
 
 
-@dataclass(frozen=True)
-class Options:
-    chunks: Chunks
-    scale: float
-    bound: float | None
-    l2norm: bool
-    keep_final: bool
-
-
 class ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, A_log, dt_bias, initial, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -108,71 +97,6 @@ def product_dtype(q: Tensor, low_precision: torch.dtype) -> torch.dtype:
     return torch.float32 if q.dtype == torch.float32 else low_precision
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one call, and the type of the factors of matrix products."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
-    A_log: Tensor | None
-    dt_bias: Tensor | None
-    options: Options
-    dtype: torch.dtype
-
-    @property
-    def heads(self) -> int:
-        return self.q.shape[2]
-
-    @property
-    def key(self) -> int:
-        return self.q.shape[3]
-
-    @property
-    def value(self) -> int:
-        return self.v.shape[3]
-
-    def tiles(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised [chunks, H, *shape]."""
-        shape = (self.options.chunks.count, self.heads, *shape)
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.q.device)
-
-    def state_shape(self) -> tuple[int, int, int, int]:
-        return len(self.options.chunks.bounds) - 1, self.heads, self.key, self.value
-
-    def strides(self) -> list[int]:
-        return [x.stride(1) for x in (self.q, self.k, self.v, self.g, self.beta)]
-
-    def sizes(self) -> dict[str, int]:
-        return {"H": self.heads, "K": self.key, "V": self.value, "C": CHUNK}
-
-    def switches(self) -> dict[str, bool]:
-        return {
-            "RAW": self.A_log is not None,
-            "BIAS": self.dt_bias is not None,
-            "BOUNDED": self.options.bound is not None,
-            "L2NORM": self.options.l2norm,
-        }
-
-    def precision(self) -> str:
-        return "ieee" if self.dtype == torch.float32 else "tf32"
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """What `prepare` leaves for the scans."""
-
-    w: Tensor
-    u: Tensor
-    reader: Tensor
-    writer: Tensor
-    attend: Tensor
-    decay: Tensor
-    inverse: Tensor | None
-
-
 def packed_rows(x: Tensor) -> Tensor:
     """x [B, T, H, ...] itself if its rows (b, t) lie at one distance and each row is contiguous, else a copy."""
     wanted = 1
@@ -202,41 +126,6 @@ def prepare(x: Inputs, keep_inverse: bool) -> Tiles:
         **config.launch(),
     )  # fmt: skip
     return tiles
-
-
-def scan(
-    x: Inputs,
-    tiles: Tiles,
-    initial: Tensor | None,
-    *,
-    final: Tensor | None = None,
-    o: Tensor | None = None,
-    states: Tensor | None = None,
-) -> None:
-    """Fills o and the final state, or (backward) `states`, making `tiles.u` the values written."""
-    chunks, config = x.options.chunks, CONFIGS["scan"]
-    width = min(config.block, x.value)
-    scan_kernel[(triton.cdiv(x.value, width), x.heads, len(chunks.bounds) - 1)](
-        tiles.w, tiles.u, tiles.reader, tiles.writer, tiles.attend, tiles.decay, initial, final, o, states,
-        chunks.row, chunks.size, chunks.bounds,
-        **x.sizes(), BV=width, HAS_INITIAL=initial is not None, KEEP_FINAL=final is not None,
-        KEEP_STATES=states is not None, PRECISION=x.precision(), **config.launch(),
-    )  # fmt: skip
-
-
-def scan_backward(
-    x: Inputs, tiles: Tiles, do: Tensor, dfinal: Tensor | None, dinitial: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    chunks, config = x.options.chunks, CONFIGS["scan_backward"]
-    width = min(config.block, x.value)
-    dstates, dnew = x.tiles(x.key, x.value), x.tiles(CHUNK, x.value)
-    scan_backward_kernel[(triton.cdiv(x.value, width), x.heads, len(chunks.bounds) - 1)](
-        tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, do, dfinal, dinitial, dstates, dnew,
-        chunks.row, chunks.size, chunks.bounds,
-        **x.sizes(), BV=width, HAS_FINAL=dfinal is not None, KEEP_INITIAL=dinitial is not None,
-        PRECISION=x.precision(), **config.launch(),
-    )  # fmt: skip
-    return dstates, dnew
 
 
 def all_gradients(x: Inputs, tiles: Tiles, do: Tensor, states: Tensor, dstates: Tensor, dnew: Tensor):

@@ -7,7 +7,11 @@ dnew = P^T do + writer dS'        dS = decay dS' + reader^T do - w^T dnew
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from deltarl.kernels.fused.call import Inputs, Tiles
+from deltarl.kernels.fused.chunks import CHUNK
+from deltarl.kernels.fused.configs import CONFIGS
 from deltarl.kernels.fused.tiles import column_offsets, load_rows, store_rows, tile_offsets
 
 
@@ -79,3 +83,38 @@ def scan_backward_kernel(
         dstate -= tl.dot(b_w, b_dnew.to(DT), input_precision=PRECISION)
     if KEEP_INITIAL:
         tl.store(dinitial + column_offsets(sequence * H + head, column, K, V, BV), dstate)
+
+
+def scan(
+    x: Inputs,
+    tiles: Tiles,
+    initial: Tensor | None,
+    *,
+    final: Tensor | None = None,
+    o: Tensor | None = None,
+    states: Tensor | None = None,
+) -> None:
+    """Fills o and the final state, or (backward) `states`, making `tiles.u` the values written."""
+    chunks, config = x.options.chunks, CONFIGS["scan"]
+    width = min(config.block, x.value)
+    scan_kernel[(triton.cdiv(x.value, width), x.heads, len(chunks.bounds) - 1)](
+        tiles.w, tiles.u, tiles.reader, tiles.writer, tiles.attend, tiles.decay, initial, final, o, states,
+        chunks.row, chunks.size, chunks.bounds,
+        **x.sizes(), BV=width, HAS_INITIAL=initial is not None, KEEP_FINAL=final is not None,
+        KEEP_STATES=states is not None, PRECISION=x.precision(), **config.launch(),
+    )  # fmt: skip
+
+
+def scan_backward(
+    x: Inputs, tiles: Tiles, do: Tensor, dfinal: Tensor | None, dinitial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    chunks, config = x.options.chunks, CONFIGS["scan_backward"]
+    width = min(config.block, x.value)
+    dstates, dnew = x.tiles(x.key, x.value), x.tiles(CHUNK, x.value)
+    scan_backward_kernel[(triton.cdiv(x.value, width), x.heads, len(chunks.bounds) - 1)](
+        tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, do, dfinal, dinitial, dstates, dnew,
+        chunks.row, chunks.size, chunks.bounds,
+        **x.sizes(), BV=width, HAS_FINAL=dfinal is not None, KEEP_INITIAL=dinitial is not None,
+        PRECISION=x.precision(), **config.launch(),
+    )  # fmt: skip
+    return dstates, dnew

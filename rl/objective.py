@@ -41,29 +41,34 @@ class MicroBatch:
 
 
 class Tally:
-    """Means and largest values over the tokens of several micro-batches."""
+    """Means and largest values over the tokens of several micro-batches, kept on the device until they are taken."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, float]] = {}
-        self.largest: dict[str, float] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.largest: dict[str, Tensor] = {}
 
     def mean(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add values [B, T] where the mask is 1, or one value per sequence [B, 1]."""
-        values = values.detach()
-        total = values.sum() if values.shape != mask.shape else (values * mask).sum()
-        count = values.numel() if values.shape != mask.shape else mask.sum()
-        before, counted = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = (before + float(total), counted + float(count))
+        weights = mask if values.shape == mask.shape else torch.ones_like(values)
+        total, count = (values.detach() * weights).sum().double(), weights.sum().double()
+        if name in self.sums:
+            before, counted = self.sums[name]
+            total, count = before + total, counted + count
+        self.sums[name] = total, count
 
-    def max(self, name: str, values: Tensor) -> None:
-        if values.numel():
-            self.largest[name] = max(self.largest.get(name, -torch.inf), float(values.detach().max()))
+    def max(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """The largest of values [B, T] where the mask is true; a name that has none is left out of what is taken."""
+        largest = torch.where(mask, values.detach(), -torch.inf).max().double()
+        self.largest[name] = torch.maximum(self.largest[name], largest) if name in self.largest else largest
 
     def take(self) -> dict[str, float]:
         """Everything so far; starts anew."""
-        found = {name: total / max(count, 1.0) for name, (total, count) in self.sums.items()} | self.largest
+        found = {name: total / count.clamp(min=1.0) for name, (total, count) in self.sums.items()} | self.largest
         self.sums, self.largest = {}, {}
-        return found
+        if not found:
+            return {}
+        values = zip(found, torch.stack(list(found.values())).tolist(), strict=True)
+        return {name: value for name, value in values if value != -torch.inf}
 
 
 def grpo_loss(rl: RLConfig, batch: MicroBatch, tally: Tally) -> Tensor:
@@ -91,7 +96,7 @@ def grpo_loss(rl: RLConfig, batch: MicroBatch, tally: Tally) -> Tensor:
     if batch.reference is not None:
         kl = kl_estimate(batch.logprobs, batch.reference, rl.kl_estimator)
         loss = loss + rl.beta * kl
-        tally.mean("kl", kl_estimate(batch.logprobs, batch.reference), mask)
+        tally.mean("kl", kl if rl.kl_estimator == "k3" else kl_estimate(batch.logprobs, batch.reference), mask)
     if rl.entropy_bonus:
         loss = loss - rl.entropy_bonus * batch.entropies
     tally.mean("entropy", batch.entropies, mask)
@@ -112,8 +117,8 @@ def _correction(rl: RLConfig, batch: MicroBatch, tally: Tally) -> Tensor:
     gap = (batch.old - batch.sampler).detach()
     inside = batch.mask.bool() & ~gap.isnan()
     tally.mean("logp_gap_mean", gap.abs().nan_to_num(nan=0.0), inside)
-    tally.max("logp_gap_max", gap[inside].abs())
-    tally.mean("engine_kl", (gap.double().expm1() - gap.double()).nan_to_num(nan=0.0), inside)
+    tally.max("logp_gap_max", gap.abs(), inside)
+    tally.mean("engine_kl", kl_estimate(batch.sampler.double(), batch.old.double()).nan_to_num(nan=0.0), inside)
     mode = "token_truncate" if rl.importance_sampling == "none" else rl.importance_sampling
     weights = correction_weights(batch.old, batch.sampler, batch.mask, mode, cap=rl.importance_sampling_cap)
     weighed = batch.mask if weights.shape == batch.mask.shape else torch.ones_like(weights)

@@ -43,6 +43,6 @@ def effective_sample_size(weights: Tensor, mask: Tensor | None = None) -> Tensor
 
     (Kong 1992; Owen, "Monte Carlo theory, methods and examples", eq. 9.13, over n.)
     """
-    if mask is not None:
-        weights = weights[mask.bool()]
-    return weights.sum().square() / (weights.numel() * weights.square().sum()).clamp(min=1e-30)
+    mask = torch.ones_like(weights) if mask is None else mask
+    weights = torch.where(mask.bool(), weights, 0.0)
+    return weights.sum().square() / (mask.sum() * weights.square().sum()).clamp(min=1e-30)

@@ -99,9 +99,22 @@ def test_an_agreeing_engine_needs_no_correction(batch):
 def test_a_tally_starts_anew_once_taken():
     tally = Tally()
     tally.mean("x", torch.tensor([[1.0, 5.0]]), torch.tensor([[1, 0]]))
-    tally.max("y", torch.tensor([1.0, 2.0]))
+    tally.max("y", torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
+    tally.max("y", torch.tensor([7.0]), torch.tensor([False]))
+    tally.max("nothing", torch.tensor([7.0]), torch.tensor([False]))
     assert tally.take() == {"x": 1.0, "y": 2.0}
     assert tally.take() == {}
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_no_value_is_read_back_before_the_tally_is_taken(batch, options):
+    """A tensor on the meta device has no value: reading one raises."""
+    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
+    tally = Tally()
+    grpo_loss(settings(**options), MicroBatch(**meta), tally)
+    with pytest.raises(RuntimeError, match="meta"):
+        tally.take()
 
 
 def test_cispo_needs_its_cap():

@@ -5,7 +5,7 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -51,13 +51,6 @@ class DataSettings(Protocol):
     difficulty: int
     question_field: str | None
     gold_field: str | None
-
-
-class Checked(Protocol):
-    """The part of a verdict that tells whether a gold is usable."""
-
-    status: str
-    info: Mapping[str, Any]
 
 
 class LoadedProblems(NamedTuple):

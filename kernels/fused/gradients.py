@@ -15,7 +15,7 @@ and of k k' with that sign, and of what exp(G_C) multiplies; g' sums G' from the
 import triton
 import triton.language as tl
 
-from deltarl.kernels.fused.prepare import log_decays, row_scales, within_16, write_strengths
+from deltarl.kernels.fused.prepare import log_decays, within_16
 from deltarl.kernels.fused.tiles import (
     FROM_START,
     ONWARDS,
@@ -28,11 +28,13 @@ from deltarl.kernels.fused.tiles import (
     is_late,
     load_rows,
     not_after,
+    row_scales,
     split,
     store_rows,
     summed,
     tile_offsets,
     token_of_16,
+    write_strengths,
 )
 
 

@@ -19,7 +19,6 @@ import triton.language as tl
 from deltarl.kernels.fused.tiles import (
     FROM_16TH,
     FROM_START,
-    L2_EPS,
     LOWEST_LOG_DECAY,
     LOWEST_SUM,
     TO_END,
@@ -32,10 +31,13 @@ from deltarl.kernels.fused.tiles import (
     is_late,
     load_rows,
     not_after,
+    row_scales,
     split,
     summed,
     tile_offsets,
     token_of_16,
+    unit_lower_inverse,
+    write_strengths,
 )
 
 
@@ -108,18 +110,6 @@ def add_pairs(
 
 
 @triton.jit
-def unit_lower_inverse(erase, C: tl.constexpr, ST: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + erase)^-1 for `erase` [C, C] strictly lower, with products of type ST."""
-    inverse = tl.where(in_one_block(1, C), 1.0, 0.0) - tl.where(in_one_block(2, C), erase, 0.0)
-    for level in tl.static_range(1, 6):
-        between = tl.where(in_one_block(2 << level, C) & (in_one_block(1 << level, C) == 0), erase, 0.0)
-        short = inverse.to(ST)
-        solved = tl.dot(short, between.to(ST), input_precision=PRECISION)
-        inverse -= tl.dot(solved.to(ST), short, input_precision=PRECISION)
-    return inverse
-
-
-@triton.jit
 def log_decays(
     g, A_log, dt_bias, first, stride, head, column, valid, bound, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     RAW: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr,
@@ -135,26 +125,6 @@ def log_decays(
     slope = tl.where(too_low | (valid[:, None] == 0), 0.0, slope)
     value = tl.where(valid[:, None], tl.where(too_low, LOWEST_LOG_DECAY, value), 0.0)
     return value, slope, raw
-
-
-@triton.jit
-def write_strengths(beta, first, stride, head, valid, C: tl.constexpr, RAW: tl.constexpr):
-    """beta [C], zero where not valid."""
-    value = tl.load(beta + (first + tl.arange(0, C)).to(tl.int64) * stride + head, mask=valid, other=0.0)
-    value = value.to(tl.float32)
-    if RAW:
-        value = tl.sigmoid(value)
-    return tl.where(valid, value, 0.0)
-
-
-@triton.jit
-def row_scales(x, first, stride, head, valid, C: tl.constexpr, K: tl.constexpr, L2NORM: tl.constexpr):
-    """[C]: 1 / sqrt(sum x^2 + eps), or ones."""
-    if L2NORM:
-        rows = load_rows(x + head * K, first, stride, valid, C, K)
-        return 1.0 / tl.sqrt(tl.sum(rows * rows, 1) + L2_EPS)
-    else:
-        return tl.full((C,), 1.0, tl.float32)
 
 
 @triton.jit(do_not_specialize=["H", "beta_stride"])

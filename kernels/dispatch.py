@@ -34,7 +34,8 @@ def _by_device() -> Mapping[str, Mapping[str, Callable]]:
         raise ValueError(f"DELTARL_KERNELS is {choice!r}: use torch, or triton")
     from deltarl.kernels.fused import operators
 
-    return {"cuda": {"kda_chunk": operators.kda_chunk, "kda_decode_": operators.kda_decode_}}
+    names = ("kda_chunk", "kda_decode_", "gdn_decode_")
+    return {"cuda": {name: getattr(operators, name) for name in names}}
 
 
 BY_DEVICE: Mapping[str, Mapping[str, Callable]] = _by_device()

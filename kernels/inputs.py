@@ -122,3 +122,23 @@ def check_arguments(
         raise ValueError("dt_bias and gate_lower_bound belong to the raw gate: pass A_log as well")
     if gate_lower_bound is not None and gate_lower_bound >= 0:
         raise ValueError(f"gate_lower_bound must be negative, got {gate_lower_bound}")
+
+
+def check_decoding(
+    q: Tensor, v: Tensor, state: Tensor, slots: Tensor, norm_weight: Tensor | None, norm_gate: Tensor | None
+) -> None:
+    """Raises ValueError unless states, slots and the output's norm (both or neither given) fit q [N, H, K] and
+    v [N, HV, V]."""
+    expected = (*v.shape[1:2], *q.shape[2:], *v.shape[2:])
+    if state.shape[1:] != expected or slots.shape != v.shape[:1]:
+        raise ValueError(
+            f"state must be [slots, {', '.join(map(str, expected))}] and slots [{len(v)}], "
+            f"got {tuple(state.shape)} and {tuple(slots.shape)}"
+        )
+    if (norm_weight is None) != (norm_gate is None):
+        raise ValueError("norm_weight and norm_gate belong together: pass both, or neither")
+    if norm_weight is not None and (norm_weight.shape != v.shape[-1:] or norm_gate.shape != v.shape):
+        raise ValueError(
+            f"norm_weight must be [V] and norm_gate [N, HV, V], got {tuple(norm_weight.shape)} and "
+            f"{tuple(norm_gate.shape)} for v {tuple(v.shape)}"
+        )

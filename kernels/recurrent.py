@@ -1,9 +1,10 @@
 """Kimi Delta Attention for decoding: one token (or a few) for many sequences at once."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from deltarl.kernels.inputs import initial_or_zero, prepare, sequence_lengths
+from deltarl.kernels.inputs import check_decoding, initial_or_zero, prepare, sequence_lengths
 
 
 def kda_recurrent(
@@ -60,12 +61,35 @@ def kda_decode_(
     gate_lower_bound: float | None = None,
     scale: float | None = None,
     use_qk_l2norm: bool = True,
+    norm_weight: Tensor | None = None,
+    norm_gate: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
     """One token for each of N sequences, the states living in a pool and updated in place.
 
-    q, k, g [N, H, K], v [N, H, V], beta [N, H]; `state` [slots, H, K, V] fp32; `slots` [N] distinct indices >= 0.
-    Returns o [N, H, V] in v's dtype. The gate arguments are those of `kda_chunk`.
+    q, k, g [N, H, K], v [N, H, V], beta [N, H]; `state` [slots, H, K, V] fp32; `slots` [N] distinct indices, or -1 for
+    padding: its o is 0, and no state changes. Returns o [N, H, V] in v's dtype; with `norm_weight` [V] and `norm_gate`
+    [N, H, V], RMSNorm(o) * norm_weight * sigmoid(norm_gate) in place of o. The gate arguments are those of `kda_chunk`.
+    Raises ValueError on shapes that do not fit.
     """
+    check_decoding(q, v, state, slots, norm_weight, norm_gate)
+    if len(slots) and slots.min() < 0:
+        valid = slots >= 0
+        o = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+        o[valid] = kda_decode_(
+            *(x[valid] for x in (q, k, v, g, beta)),
+            state,
+            slots[valid],
+            A_log=A_log,
+            dt_bias=dt_bias,
+            gate_lower_bound=gate_lower_bound,
+            scale=scale,
+            use_qk_l2norm=use_qk_l2norm,
+            norm_weight=norm_weight,
+            norm_gate=None if norm_gate is None else norm_gate[valid],
+            norm_eps=norm_eps,
+        )
+        return o
     x = prepare(*(t.unsqueeze(1) for t in (q, k, v, g, beta)), A_log, dt_bias, gate_lower_bound, scale, use_qk_l2norm)
     q, k, g, beta = (t.squeeze(1) for t in (x.q, x.k, x.g, x.beta))
     decay = g.exp()
@@ -74,7 +98,10 @@ def kda_decode_(
     written = beta.unsqueeze(-1) * (x.v.squeeze(1) - recalled)
     rows.mul_(decay.unsqueeze(-1)).addcmul_(k.unsqueeze(-1), written.unsqueeze(-2))
     state.index_copy_(0, slots.long(), rows.to(state.dtype))
-    return (answered + (q * k).sum(-1, keepdim=True) * written).to(v.dtype)
+    o = answered + (q * k).sum(-1, keepdim=True) * written
+    if norm_weight is not None:
+        o = F.rms_norm(o, norm_weight.shape, norm_weight.to(o.dtype), norm_eps) * norm_gate.to(o.dtype).sigmoid()
+    return o.to(v.dtype)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,5 +22,6 @@ CONFIGS = {
     "scan_backward": Config(block=16, num_warps=4, num_stages=2),
     "value_gradients": Config(block=64, num_warps=4, num_stages=1),
     "gradients": Config(block=32, num_warps=8, num_stages=1),
-    "decode": Config(block=32, num_warps=4, num_stages=1),
+    "decode": Config(block=16, num_warps=4, num_stages=4),
+    "decode_few": Config(block=32, num_warps=4, num_stages=1),
 }

@@ -1,6 +1,8 @@
-"""One token for each of N sequences: gate, norms and the step of the recurrence in one kernel, each state read once.
+"""One token for each of N sequences: gate, norms, the step and the output's norm in one kernel, each state read once.
 
 S = Diag(exp g) S        new = beta (v - S^T k)        S = S + k new^T        o = S^T q * scale
+
+What S^T k and S^T q need is summed in one pass over the decayed state: S_new^T q = S^T q + (k.q) new.
 """
 
 import torch
@@ -10,41 +12,84 @@ from torch import Tensor
 
 from deltarl.kernels.fused.configs import CONFIGS
 from deltarl.kernels.fused.tiles import L2_EPS, gated
-from deltarl.kernels.inputs import check_arguments
+from deltarl.kernels.inputs import check_arguments, check_decoding
+
+# Below this many heads of sequences, a program for each would leave most of a GPU idle.
+FEW_HEADS = 1024
+EVICTION = ""
+
+
+@triton.jit
+def row_of(x, D: tl.constexpr):
+    """[1, D] in fp32: in this shape a warp works on each element once, in that of a column of a state 32 times."""
+    return tl.load(x + tl.arange(0, D)[None, :]).to(tl.float32)
+
+
+@triton.jit
+def total(x):
+    return tl.sum(tl.sum(x, 1), 0)
 
 
 @triton.jit(do_not_specialize=["H"])
 def decode_kernel(
-    q, k, v, g, beta, A_log, dt_bias, state, slots, o,
-    q_stride, k_stride, v_stride, g_stride, beta_stride, slot_stride, scale, bound,
-    H, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, WIDTH: tl.constexpr,
-    RAW: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr,
+    q, k, v, g, beta, A_log, dt_bias, state, slots, norm_weight, norm_gate, o,
+    q_stride, k_stride, v_stride, g_stride, beta_stride, slot_stride, gate_stride, scale, bound, norm_eps,
+    H, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr, WIDTH: tl.constexpr, RAW: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr,
+    L2NORM: tl.constexpr, NORM: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """One program for BV columns of the state of one head of one sequence; g has WIDTH (K or 1) decays a head."""
-    column, head, sequence = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel, value = tl.arange(0, K), column + tl.arange(0, BV)
-    gate = channel if WIDTH == K else channel * 0
-    corner = state + tl.load(slots + sequence).to(tl.int64) * slot_stride + head * K * V
-    b_state = tl.load(corner + channel[:, None] * V + value[None, :])
-    b_q = tl.load(q + sequence * q_stride + head // SHARED * K + channel).to(tl.float32)
-    b_k = tl.load(k + sequence * k_stride + head // SHARED * K + channel).to(tl.float32)
-    b_v = tl.load(v + sequence * v_stride + head * V + value).to(tl.float32)
-    b_g = tl.load(g + sequence * g_stride + head * WIDTH + gate).to(tl.float32)
+    """One program for STEPS blocks of BV columns of the state of one head of one sequence, the blocks to come being
+    loaded while one is worked on; g has WIDTH (K or 1) decays a head."""
+    PARTS: tl.constexpr = V // (BV * STEPS)
+    place = tl.program_id(0) // PARTS
+    head, sequence = place % H, (place // H).to(tl.int64)
+    first = tl.program_id(0) % PARTS * (BV * STEPS)
+    channel, column = tl.arange(0, K), tl.arange(0, BV)
+    columns = tl.arange(0, STEPS)[:, None] * BV + column[None, :]
+    b_o = tl.zeros([STEPS, BV], tl.float32)
+    slot = tl.load(slots + sequence).to(tl.int64)
+    o += (sequence * H + head) * V + first
+    if slot < 0:
+        tl.store(o + columns, b_o.to(o.dtype.element_ty))
+        return
+
+    corner = state + slot * slot_stride + head * (K * V) + first + channel[:, None] * V + column[None, :]
+    if STEPS == 1:
+        b_state = tl.load(corner, eviction_policy=EVICT)
+    b_q = row_of(q + sequence * q_stride + head // SHARED * K, K)
+    b_k = row_of(k + sequence * k_stride + head // SHARED * K, K)
+    b_g = row_of(g + sequence * g_stride + head * WIDTH, WIDTH)
     b_beta = tl.load(beta + sequence * beta_stride + head).to(tl.float32)
     if RAW:
         if BIAS:
-            b_g += tl.load(dt_bias + head * WIDTH + gate).to(tl.float32)
+            b_g += row_of(dt_bias + head * WIDTH, WIDTH)
         b_g, _ = gated(b_g, tl.exp(tl.load(A_log + head).to(tl.float32)), bound, BOUNDED)
         b_beta = tl.sigmoid(b_beta)
     if L2NORM:
-        b_q *= 1.0 / tl.sqrt(tl.sum(b_q * b_q, 0) + L2_EPS)
-        b_k *= 1.0 / tl.sqrt(tl.sum(b_k * b_k, 0) + L2_EPS)
-    decayed = b_state.to(tl.float32) * tl.exp(b_g)[:, None]
-    new = b_beta * (b_v - tl.sum(decayed * b_k[:, None], 0))
-    updated = decayed + b_k[:, None] * new[None, :]
-    tl.store(corner + channel[:, None] * V + value[None, :], updated.to(state.dtype.element_ty))
-    b_o = tl.sum(updated * (b_q * scale)[:, None], 0)
-    tl.store(o + (sequence * H + head) * V + value, b_o.to(o.dtype.element_ty))
+        b_q *= 1.0 / tl.sqrt(total(b_q * b_q) + L2_EPS)
+        b_k *= 1.0 / tl.sqrt(total(b_k * b_k) + L2_EPS)
+    match = total(b_k * b_q)
+    row_decay = tl.exp(b_g)
+    writer, reader = tl.sum(b_k * row_decay, 0)[:, None], tl.sum(b_q * row_decay, 0)[:, None]
+    key, decay = tl.sum(b_k, 0)[:, None], tl.sum(row_decay, 0)[:, None]
+
+    v += sequence * v_stride + head * V + first + column
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        if STEPS > 1:
+            b_state = tl.load(corner + step * BV, eviction_policy=EVICT)  # [K, BV]
+        recalled, answered = tl.split(tl.sum(tl.join(b_state * writer, b_state * reader), 0))
+        new = b_beta * (tl.load(v + step * BV).to(tl.float32) - recalled)
+        tl.store(corner + step * BV, b_state * decay + key * new[None, :], eviction_policy=EVICT)
+        b_o = tl.where(tl.arange(0, STEPS)[:, None] == step, ((answered + match * new) * scale)[None, :], b_o)
+    if NORM:
+        b_o *= 1.0 / tl.sqrt(total(b_o * b_o) / V + norm_eps) * tl.load(norm_weight + columns).to(tl.float32)
+        b_o *= tl.sigmoid(tl.load(norm_gate + sequence * gate_stride + head * V + columns).to(tl.float32))
+    tl.store(o + columns, b_o.to(o.dtype.element_ty))
+
+
+def rows(x: Tensor) -> Tensor:
+    """x, or a copy of it whose rows x[i] are each in one piece."""
+    return x if x.is_contiguous() or x[:1].is_contiguous() else x.contiguous()
 
 
 @torch.no_grad()
@@ -62,19 +107,31 @@ def kda_decode_(
     gate_lower_bound: float | None = None,
     scale: float | None = None,
     use_qk_l2norm: bool = True,
+    norm_weight: Tensor | None = None,
+    norm_gate: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
-    """Same arguments, shapes and errors as `deltarl.kernels.recurrent.kda_decode_`; K and V are powers of two, and each
-    slot of `state` is contiguous. Fit for CUDA graphs: nothing is read on the host."""
+    """Same arguments, shapes and errors as `deltarl.kernels.recurrent.kda_decode_`; K and V are powers of two from 16
+    on, and each slot of `state` is in one piece. Fit for CUDA graphs: nothing is read on the host."""
     check_arguments(*(x.unsqueeze(1) for x in (q, k, v, g, beta)), A_log, dt_bias, gate_lower_bound)
-    q, k, v, g, beta = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v, g, beta))
-    count, heads, width = v.shape
-    key, config = q.shape[-1], CONFIGS["decode"]
-    block = min(config.block, width)
+    check_decoding(q, v, state, slots, norm_weight, norm_gate)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    decode_kernel[(triton.cdiv(width, block), heads, count)](
-        q, k, v, g, beta, A_log, dt_bias, state, slots, o,
-        *(x.stride(0) for x in (q, k, v, g, beta, state)), key**-0.5 if scale is None else scale, gate_lower_bound,
-        H=heads, SHARED=heads // q.shape[1], K=key, V=width, BV=block, WIDTH=g.shape[-1], RAW=A_log is not None,
-        BIAS=dt_bias is not None, BOUNDED=gate_lower_bound is not None, L2NORM=use_qk_l2norm, **config.launch(),
+    (count, heads, width), key = v.shape, q.shape[-1]
+    if not count * heads:
+        return o
+    q, k, v, g, beta = (rows(x) for x in (q, k, v, g, beta))
+    normed = norm_weight is not None
+    norm_gate = rows(norm_gate) if normed else None
+    few = count * heads < FEW_HEADS and not normed
+    config = CONFIGS["decode_few" if few else "decode"]
+    block = min(width, config.block)
+    steps = 1 if few else width // block
+    decode_kernel[(count * heads * (width // (block * steps)),)](
+        q, k, v, g, beta, A_log, dt_bias, state, slots, norm_weight, norm_gate, o,
+        *(x.stride(0) for x in (q, k, v, g, beta, state)), norm_gate.stride(0) if normed else 0,
+        key**-0.5 if scale is None else scale, gate_lower_bound, norm_eps,
+        H=heads, SHARED=heads // q.shape[1], K=key, V=width, BV=block, STEPS=steps, STAGES=config.num_stages,
+        WIDTH=g.shape[-1], RAW=A_log is not None, BIAS=dt_bias is not None, BOUNDED=gate_lower_bound is not None,
+        L2NORM=use_qk_l2norm, NORM=normed, EVICT=EVICTION, num_warps=config.num_warps,
     )  # fmt: skip
     return o

@@ -37,17 +37,20 @@ def kda_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **option
 def kda_decode_(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor, **options: Any
 ) -> Tensor:
-    """See `deltarl.kernels.kda_decode_`. Triton's: bf16, K = V = 128, as many heads of v as of q, a decay per channel
-    from the gate with dt_bias, states that are each in one piece."""
+    """See `deltarl.kernels.kda_decode_`. Triton's: inputs of 16 and 32 bits, K and V of 32, 64, 128 and 256, fp32
+    states that are each in one piece."""
     proven = (
-        q.dtype == torch.bfloat16
-        and q.ndim == 3
-        and q.shape == v.shape == g.shape
-        and q.shape[-1] == WIDTH
-        and options.get("A_log") is not None
-        and options.get("dt_bias") is not None
-        and len(q) > 0
-        and len(state) > 0
-        and state[0].is_contiguous()
+        all(x.dtype in (torch.bfloat16, torch.float16, torch.float32) for x in (q, k, v, g, beta))
+        and q.ndim == v.ndim == 3
+        and {q.shape[-1], v.shape[-1]} <= {32, 64, 128, 256}
+        and state.dtype == torch.float32
+        and state[:1].is_contiguous()
     )
     return (kda_decode_triton if proven else kda_decode_torch)(q, k, v, g, beta, state, slots, **options)
+
+
+def gdn_decode_(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor, **options: Any
+) -> Tensor:
+    """See `deltarl.kernels.gdn_decode_`: `kda_decode_` with one decay a head."""
+    return kda_decode_(q, k, v, g.unsqueeze(-1), beta, state, slots, **options)

@@ -3,16 +3,17 @@
 import argparse
 import os
 
+from deltarl.rl.bench import kernels
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `bench` and its benches to the command line; a bench's module is imported when it runs."""
     command = commands.add_parser("bench", help="measure parts of deltarl beside their public peers")
     benches = command.add_subparsers(required=True, metavar="BENCH")
 
-    bench = benches.add_parser("kernels", help="the KDA operators")
-    bench.add_argument("--device", default="cpu", help="where to run them (default: cpu)")
-    add_json(bench)
-    bench.set_defaults(run=run_kernels)
+    bench = benches.add_parser("kernels", help="the operators of linear attention")
+    kernels.add_options(bench)
+    bench.set_defaults(run=kernels.run)
 
     bench = benches.add_parser(
         "verifiers", help="the math verifier beside math-verify: speed, accuracy, hostile inputs"
@@ -22,20 +23,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--cases", metavar="PATH", nargs="+", default=[], help="labelled .jsonl files, or folders of them"
     )
     bench.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, at most (default: one a core)")
-    add_json(bench)
-    bench.set_defaults(run=run_verifiers)
-
-
-def add_json(bench: argparse.ArgumentParser) -> None:
-    """The `--json` option."""
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def run_kernels(args: argparse.Namespace) -> None:
-    """`deltarl bench kernels`."""
-    from deltarl.rl.bench.kernels import bench
-
-    bench(args.device, as_json=args.json)
+    bench.set_defaults(run=run_verifiers)
 
 
 def run_verifiers(args: argparse.Namespace) -> None:

@@ -1,14 +1,9 @@
-"""`deltarl bench kernels`: the KDA operators beside their public peers, in one run.
+"""The CPU's cases: transformers' torch code is the peer."""
 
-On a CPU the peer is transformers' torch code. A row gives the seconds of one call (median), the peer's seconds, and how
-many times longer the peer takes (`ratio`).
-"""
-
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +16,7 @@ from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
 from deltarl.kernels import kda_chunk, kda_recurrent
 from deltarl.model import build_model
-from deltarl.rl.errors import UserError
+from deltarl.rl.bench.kernels.rows import Row
 
 REPEATS = 5
 PEER_REPEATS = 1
@@ -42,45 +37,30 @@ CPU_MODEL = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One case. seconds, peer_seconds: median of one call; ratio: peer_seconds / seconds; what: what a call does."""
-
-    case: str
-    what: str
-    seconds: float
-    peer_seconds: float
-    ratio: float
-
-
 Work = Callable[[], Any]
 
 
-def bench(device: str, *, as_json: bool) -> None:
-    """Print the table, or one JSON object with `rows`. Raises UserError for another device."""
-    if device != "cpu":
-        raise UserError(f"--device {device} is not known: use cpu")
-    rows = []
-    for case, what, ours, peer in cpu_cases():
-        seconds, peer_seconds = median_seconds(ours, REPEATS), median_seconds(peer, PEER_REPEATS)
-        rows.append(Row(case, what, seconds, peer_seconds, peer_seconds / seconds))
-        if not as_json:
-            print(table_line(rows[-1]), flush=True)
-    if as_json:
-        print(json.dumps({**about(), "rows": [asdict(row) for row in rows]}))
-    else:
-        print("  ".join(f"{key} {value}" for key, value in about().items()))
+@dataclass(frozen=True)
+class Case:
+    """build: ours and transformers' work, after a check that both compute the same."""
+
+    name: str
+    what: str
+    build: Callable[[], tuple[Work, Work]]
+
+
+def measure(case: Case) -> Row:
+    torch.manual_seed(0)
+    ours, peer = case.build()
+    row = Row(case.name, case.what, seconds=median_seconds(ours, REPEATS))
+    row.peers["transformers"] = {"seconds": median_seconds(peer, PEER_REPEATS)}
+    return row
 
 
 def about() -> dict[str, Any]:
     """Where the numbers were taken."""
     return {"device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__,
             "transformers": transformers.__version__}  # fmt: skip
-
-
-def table_line(row: Row) -> str:
-    ours, peer = f"{row.seconds * 1e3:.1f} ms", f"{row.peer_seconds * 1e3:.1f} ms"
-    return f"{row.case:26} {row.what:28} ours {ours:>10}   transformers {peer:>12}   {row.ratio:6.1f} x"
 
 
 def median_seconds(work: Work, repeats: int) -> float:
@@ -94,20 +74,18 @@ def median_seconds(work: Work, repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def cpu_cases() -> Iterator[tuple[str, str, Work, Work]]:
-    """(case, what a call does, ours, transformers'), after a check that both compute the same."""
-    torch.manual_seed(0)
-    yield "cpu-4L-d64-8x1024", "hybrid, forward + backward", *model_pair()
-
+def chunk_pair() -> tuple[Work, Work]:
     inputs = raw_inputs(batch=8, tokens=1024)
     ours, peer = partial(kda_chunk, **inputs), partial(peer_attend, kimi.chunk_kimi_delta_attention, **inputs)
     same(ours()[0], peer()[0])
-    yield "cpu-chunk-8x1024-h4-k32", "kda_chunk, forward", ours, peer
+    return ours, peer
 
+
+def decode_pair() -> tuple[Work, Work]:
     inputs = raw_inputs(batch=64, tokens=1) | {"initial_state": torch.randn(64, HEADS, WIDTH, WIDTH)}
     ours, peer = partial(kda_recurrent, **inputs), partial(peer_attend, kimi.recurrent_kimi_delta_attention, **inputs)
     same(ours()[0], peer()[0])
-    yield "cpu-decode-64-h4-k32", "kda_recurrent, one token", ours, peer
+    return ours, peer
 
 
 def model_pair() -> tuple[Work, Work]:
@@ -158,3 +136,10 @@ def same(ours: Tensor, peer: Tensor) -> None:
     error = (ours - peer).norm() / peer.norm()
     if not error < TOLERANCE:
         raise RuntimeError(f"the two implementations differ by {error:.1e}: their times cannot be compared")
+
+
+CASES = (
+    Case("cpu-4L-d64-8x1024", "hybrid, forward + backward", model_pair),
+    Case("cpu-chunk-8x1024-h4-k32", "kda_chunk, forward", chunk_pair),
+    Case("cpu-decode-64-h4-k32", "kda_recurrent, one token", decode_pair),
+)

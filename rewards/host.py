@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from deltarl.rewards.registry import VerifierLoadError, absolute_spec
 from deltarl.rewards.slot import Slot, failed
-from deltarl.rewards.tasks import HostClosed, Task, TaskQueue
+from deltarl.rewards.tasks import HostClosed, Reply, Task, TaskQueue
 from deltarl.rewards.types import STATUSES, Status, Verdict, VerifierSpec
 from deltarl.rewards.worker import plain
 
@@ -95,7 +95,14 @@ class VerifierHost:
     def submit(self, item: Item) -> "Future[Verdict]":
         """Queues one (response, gold, meta) and returns the future of its verdict; blocks while more than `max_pending`
         tasks wait. Raises HostClosed, here or from the future."""
-        return self._submit("verify", item)
+        future: Future[Verdict] = Future()
+        self._put("verify", item, future)
+        try:
+            self._queue.wait_for_room()
+        except BaseException:
+            future.cancel()
+            raise
+        return future
 
     def verify(self, items: Sequence[Item], progress: Callable[[int, int], None] | None = None) -> list[Verdict]:
         """The verdicts of all items, in their order; `progress(done, total)` is called as they come in."""
@@ -108,7 +115,9 @@ class VerifierHost:
 
     async def averify(self, item: Item) -> Verdict:
         """The verdict of one item. Never blocks the event loop: each coroutine that waits is its own place in line."""
-        return await asyncio.wrap_future(self._put("verify", item))
+        future: Future[Verdict] = Future()
+        self._put("verify", item, future)
+        return await asyncio.wrap_future(future)
 
     async def as_completed_async(
         self, items: Iterable[Item] | AsyncIterable[Item]
@@ -122,7 +131,9 @@ class VerifierHost:
             index = 0
             async for item in _asynchronously(items):
                 await ahead.acquire()
-                future = asyncio.wrap_future(self._put("verify", item))
+                answer: Future[Verdict] = Future()
+                self._put("verify", item, answer)
+                future = asyncio.wrap_future(answer)
                 waiting.add(future)
                 future.add_done_callback(lambda future, index=index: done.put_nowait((index, future)))
                 index += 1
@@ -187,16 +198,16 @@ class VerifierHost:
                 slot.thread.join()
         atexit.unregister(self.close)
 
-    def _put(self, kind: str, item: Item) -> "Future[Verdict]":
+    def _put(self, kind: str, item: Item, future: "Future[Verdict] | Reply") -> None:
         if os.getpid() != self._process:
             raise HostClosed(f"this verifier host belongs to process {self._process}: open one in this process")
         response, gold, meta = item
         if not isinstance(response, str):
             raise TypeError(f"response is a {type(response).__name__}: give the text")
         golds = [gold] if isinstance(gold, str) else [str(g) for g in gold or ()]
-        message = (kind, str(response), str(gold) if isinstance(gold, str) else golds, plain(meta or {}))
+        message = (kind, str(response), str(gold) if isinstance(gold, str) else golds, plain(meta) if meta else {})
         gold_chars = sum(map(len, golds))
-        task = Task(message, len(response) + gold_chars, counted=kind == "verify")
+        task = Task(message, len(response) + gold_chars, counted=kind == "verify", future=future)
         if len(response) > self.max_response_chars:
             reason = f"response of {len(response)} characters, limit {self.max_response_chars}"
             self._queue.settle(task, failed("limit", reason))
@@ -205,35 +216,26 @@ class VerifierHost:
             self._queue.settle(task, failed("limit", reason))
         else:
             self._queue.put(task)
-        return task.future
-
-    def _submit(self, kind: str, item: Item) -> "Future[Verdict]":
-        future = self._put(kind, item)
-        try:
-            self._queue.wait_for_room()
-        except BaseException:
-            future.cancel()
-            raise
-        return future
 
     def _as_completed(self, kind: str, items: Iterable[Item]) -> Iterator[tuple[int, Verdict]]:
-        done: SimpleQueue[tuple[int, Future[Verdict]]] = SimpleQueue()
-        waiting: dict[int, Future[Verdict]] = {}
+        done: SimpleQueue[tuple[int, Reply]] = SimpleQueue()
+        waiting: dict[int, Reply] = {}
         source = enumerate(items)
         try:
             while True:
                 while len(waiting) < self.max_pending and done.empty() and (entry := next(source, None)):
                     index, item = entry
-                    waiting[index] = self._submit(kind, item)
-                    waiting[index].add_done_callback(lambda future, index=index: done.put((index, future)))
+                    waiting[index] = reply = Reply(index, done)
+                    self._put(kind, item, reply)
+                    self._queue.wait_for_room()
                 if not waiting:
                     return
-                index, future = done.get()
+                index, reply = done.get()
                 del waiting[index]
-                yield index, future.result()
+                yield index, reply.result()
         finally:
-            for future in waiting.values():
-                future.cancel()
+            for reply in waiting.values():
+                reply.cancel()
 
     def _in_order(self, kind: str, items: Sequence[Item], progress: Callable[[int, int], None] | None) -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}

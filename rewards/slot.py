@@ -21,10 +21,10 @@ from deltarl.rewards.types import Status, Verdict
 from deltarl.rewards.worker import ANSWER_BYTES, decode
 
 START_SECONDS = 120.0
-SEND_SECONDS = 10.0
 GRACE_SECONDS = 2.0
 PATIENCE_SECONDS = 0.05
 STALE_SECONDS = 0.25
+GATHER_SECONDS = 0.005
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from deltarl.rewards.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
@@ -64,24 +64,24 @@ class Worker:
 
     def load(self, setup: bytes) -> None:
         """Has the process load its verifier. Raises VerifierLoadError, TimeoutError, or EOFError and OSError."""
-        self._channel.send(setup, START_SECONDS)
-        problem = decode(self._channel.receive(START_SECONDS))
+        self._channel.post(setup)
+        problem = decode(self._channel.receive(START_SECONDS)[0])
         if problem is not None:
             raise VerifierLoadError(problem)
 
     def give(self, tasks: Iterable[Task]) -> None:
-        """Raises OSError when the process is gone, or does not take them."""
-        try:
-            self._channel.send(pickle.dumps([task.message for task in tasks]), SEND_SECONDS)
-        except TimeoutError as error:
-            raise ConnectionError("the worker does not read") from error
+        """Never blocks; the process answers them after those that it has already."""
+        self._channel.post(pickle.dumps([task.message for task in tasks]))
 
-    def answer(self, seconds: float) -> tuple[Verdict, float, bool]:
-        """The next verdict, the seconds it took, and whether it ran out of memory.
+    def answers(self, seconds: float) -> list[bytes]:
+        """The answers that are in, one at least: a message for each task, in the tasks' order.
 
         Raises TimeoutError, or EOFError and OSError when the process is gone or sends something else.
         """
-        message = self._channel.receive(seconds)
+        return self._channel.receive(seconds)
+
+    def read(self, message: bytes) -> tuple[Verdict, float, bool]:
+        """The verdict of an answer, the seconds it took, and whether it ran out of memory. Raises ConnectionError."""
         try:
             score, status, extracted, info, took, exhausted = decode(message)
             verdict = Verdict(score, status, extracted, info)
@@ -203,19 +203,25 @@ class Slot:
             self.queue.settle(tasks.popleft(), failed("error", problem))
 
     def _serve(self, tasks: deque[Task]) -> None:
-        """Has the worker answer in order, taking each task off that is settled; stops when the worker is lost."""
+        """Has the worker answer in order, taking each task off that is settled; stops when the worker is lost, or has
+        answered all. It is given more before it runs out.
+
+        The worker sends each answer at once, and several are read at a time, for to wake up costs more than to read. So
+        what a worker answered is known whatever becomes of it, and the first task left is the one that it had.
+        """
         worker = self.worker
         if worker.exited():  # while it had nothing to do: no task's fault
             self._end()
             return
         try:
             worker.give(tasks)
+            given = len(tasks)
             while tasks and self.worker is not None:
-                verdict, seconds, exhausted = self._answer(tasks)
-                if exhausted:
-                    self._exhausted(tasks, verdict, seconds)
-                else:
-                    self.queue.settle(tasks.popleft(), verdict, seconds)
+                self._settle(tasks, self._answers(tasks))
+                if 2 * len(tasks) <= given and not self.stale and self.worker is not None:
+                    given = self._give_more(tasks) or given
+                if len(tasks) > 1:
+                    time.sleep(min(GATHER_SECONDS, self.queue.seconds * len(tasks) / 2))
         except TimeoutError:
             if worker.exited():  # a process that it left behind holds its end of the channel
                 self._died(tasks)
@@ -225,13 +231,21 @@ class Slot:
             self._died(tasks)
         self._pass_over_stale()
 
-    def _answer(self, tasks: deque[Task]) -> tuple[Verdict, float, bool]:
-        """The answer to the first task. While it takes long, the tasks behind it go to a slot that has nothing to do:
-        this worker has them too, and its answers to them will be stale."""
+    def _give_more(self, tasks: deque[Task]) -> int:
+        """Gives the worker more of what waits, behind the tasks that it has; how many."""
+        more = self.queue.take_more()
+        if more:
+            tasks.extend(more)
+            self.worker.give(more)
+        return len(more)
+
+    def _answers(self, tasks: deque[Task]) -> list[bytes]:
+        """Answers to the first tasks. While the first takes long, the tasks behind it go to a slot that has nothing to
+        do: this worker has them too, and its answers to them will be stale."""
         end = time.monotonic() + self.timeout
         while len(tasks) > 1:
             try:
-                return self.worker.answer(min(PATIENCE_SECONDS, end - time.monotonic()))
+                return self.worker.answers(min(PATIENCE_SECONDS, end - time.monotonic()))
             except TimeoutError:
                 if time.monotonic() >= end:
                     raise
@@ -241,15 +255,26 @@ class Slot:
                     self.queue.give_back(tasks)
                     tasks.clear()
                     tasks.append(first)
-        return self.worker.answer(end - time.monotonic())
+        return self.worker.answers(end - time.monotonic())
+
+    def _settle(self, tasks: deque[Task], answers: list[bytes]) -> None:
+        """Takes the tasks off that are answered; answers beyond them are stale ones."""
+        for answer in answers:
+            if not tasks:
+                self.stale -= 1
+                continue
+            verdict, seconds, exhausted = self.worker.read(answer)
+            if exhausted:
+                self._exhausted(tasks, verdict, seconds)
+                return
+            self.queue.settle(tasks.popleft(), verdict, seconds)
 
     def _pass_over_stale(self) -> None:
         """Reads the answers that nobody waits for; a worker that does not have them soon is replaced."""
         end = time.monotonic() + STALE_SECONDS
         try:
-            while self.stale and self.worker is not None:
-                self.worker.answer(end - time.monotonic())
-                self.stale -= 1
+            while self.stale > 0 and self.worker is not None:
+                self.stale -= len(self.worker.answers(end - time.monotonic()))
         except (EOFError, OSError):
             self._end()
         self.stale = 0

@@ -5,12 +5,13 @@ from collections import Counter, deque
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from deltarl.rewards.stats import LatencyHistogram
 from deltarl.rewards.types import Status, Verdict
 
 ATTEMPTS = 3
-BATCH_TASKS = 32
+BATCH_TASKS = 128
 BATCH_CHARS = 1 << 20
 BATCH_SECONDS = 0.01
 RECENT = 1 / 16
@@ -22,6 +23,42 @@ class HostClosed(RuntimeError):
     """The host was closed before it answered."""
 
 
+class Reply:
+    """The verdict of one task of a stream, which only the stream waits for: the part of a Future that it needs, at an
+    eighth of the cost. Once answered, (index, reply) is put into `done`."""
+
+    __slots__ = ("_cancelled", "_done", "_error", "_index", "_verdict")
+
+    def __init__(self, index: int, done: "SimpleQueue[tuple[int, Reply]]") -> None:
+        self._index = index
+        self._done = done
+        self._cancelled = False
+        self._error: Exception | None = None
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def running(self) -> bool:
+        return False
+
+    def set_running_or_notify_cancel(self) -> bool:
+        return not self._cancelled
+
+    def set_result(self, verdict: Verdict) -> None:
+        self._verdict = verdict
+        self._done.put((self._index, self))
+
+    def set_exception(self, error: Exception) -> None:
+        self._error = error
+        self._done.put((self._index, self))
+
+    def result(self) -> Verdict:
+        """For after it was answered. Raises what `set_exception` was given."""
+        if self._error is not None:
+            raise self._error
+        return self._verdict
+
+
 @dataclass(slots=True, eq=False)
 class Task:
     """message: (kind, response, gold, meta) as the worker gets it. size: its characters. counted: whether its verdict
@@ -30,7 +67,7 @@ class Task:
     message: tuple
     size: int
     counted: bool
-    future: "Future[Verdict]" = field(default_factory=Future)
+    future: "Future[Verdict] | Reply" = field(default_factory=Future)
     attempts: int = 0
 
 
@@ -45,13 +82,13 @@ class TaskQueue:
         self.latencies = LatencyHistogram()
         self.lock = threading.RLock()
         self.closed = threading.Event()
+        self.seconds = 2 * BATCH_SECONDS  # what a task takes of late; the first come alone, for nobody knows yet
         self._max_pending = max_pending
         self._takers = takers
         self._waiting: deque[Task] = deque()
         self._idle: set[Hashable] = set()
         self._ready: set[Hashable] = set()
         self._deaths = 0
-        self._seconds = 2 * BATCH_SECONDS  # the first tasks come alone: nobody knows yet how long they take
         self._work = threading.Condition(self.lock)
         self._room = threading.Condition(self.lock)
 
@@ -65,6 +102,8 @@ class TaskQueue:
 
     def wait_for_room(self) -> None:
         """Returns once no more than `max_pending` tasks wait, or the queue is closed."""
+        if len(self._waiting) <= self._max_pending:
+            return
         with self.lock:
             self._room.wait_for(lambda: len(self._waiting) <= self._max_pending or self.closed.is_set())
 
@@ -78,11 +117,16 @@ class TaskQueue:
                 if self.closed.is_set():
                     return []
                 batch = self._batch()
-                if len(self._waiting) <= self._max_pending:
-                    self._room.notify_all()
                 if batch:
                     self._idle.discard(taker)
                     return batch
+
+    def take_more(self) -> list[Task]:
+        """What `take` would give, for a taker that has some still; empty where none waits, or one that comes alone."""
+        with self.lock:
+            if not self._waiting or self._waiting[0].attempts:
+                return []
+            return self._batch()
 
     def someone_is_idle(self) -> bool:
         return bool(self._idle)
@@ -102,7 +146,7 @@ class TaskQueue:
         with self.lock:
             if seconds is not None:
                 self._deaths = 0
-                self._seconds += RECENT * (seconds - self._seconds)
+                self.seconds += RECENT * (seconds - self.seconds)
             if task.counted:
                 self.counts[verdict.status] += 1
                 if seconds is not None:
@@ -153,7 +197,7 @@ class TaskQueue:
         return self._deaths - ATTEMPTS * (self._takers + 1)
 
     def _batch(self) -> list[Task]:
-        quick = int(BATCH_SECONDS / max(self._seconds, 1e-6))
+        quick = int(BATCH_SECONDS / max(self.seconds, 1e-6))
         share = min(BATCH_TASKS, 1 + len(self._waiting) // (4 * self._takers), 1 + quick)
         batch, chars = [], 0
         while self._waiting and len(batch) < share and chars < BATCH_CHARS:
@@ -165,6 +209,8 @@ class TaskQueue:
                 chars += task.size
             if task.attempts:
                 break
+        if len(self._waiting) <= self._max_pending:
+            self._room.notify_all()
         return batch
 
 

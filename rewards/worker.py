@@ -36,7 +36,7 @@ def main(file_descriptor: int, parent: int) -> None:
     os.set_inheritable(file_descriptor, False)
     channel = Channel(socket.socket(fileno=file_descriptor))
     try:
-        setup = channel.receive()
+        (setup,) = channel.receive()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         verifier = start_verifier(setup)
     except VerifierLoadError as error:
@@ -79,8 +79,9 @@ def start_verifier(setup: bytes) -> Verifier:
 def serve(channel: Channel, verifier: Verifier) -> None:
     """Raises EOFError when the parent has closed the connection."""
     while True:
-        for task in pickle.loads(channel.receive()):
-            channel.send(answer(verifier, task))
+        for message in channel.receive():
+            for task in pickle.loads(message):
+                channel.send(answer(verifier, task))
 
 
 def answer(verifier: Verifier, task: tuple) -> bytes:

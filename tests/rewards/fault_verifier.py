@@ -66,6 +66,14 @@ def wait_for(path):
     return Verdict(1.0, "correct", "waited")
 
 
+def note(argument):
+    """Appends a word to a file: "note WORD PATH"."""
+    word, _, path = argument.partition(" ")
+    with open(path, "a") as file:
+        file.write(f"{word}\n")
+    return Verdict(1.0, "correct", word)
+
+
 def sockets(_):
     """The sockets that this process holds."""
     links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
@@ -108,6 +116,7 @@ FAULTS = {
     "sleep": lambda _: time.sleep(60),
     "nap": lambda seconds: time.sleep(float(seconds)) or Verdict(1.0, "correct"),
     "wait": wait_for,
+    "note": note,
     "modules": heavy_modules,
     "sockets": sockets,
     "garbage": garbage,

@@ -70,6 +70,49 @@ def test_a_slot_that_cannot_start_its_worker_costs_no_verdict_while_another_can(
         assert [v.status for v in pool.verify([RIGHT] * 100)] == ["correct"] * 100
 
 
+def submit_together(pool, items):
+    """The futures of items that a warm worker gets several of at once."""
+    pool.verify([RIGHT] * 300)
+    with pool._queue.lock:
+        return [pool.submit(item) for item in items]
+
+
+@pytest.mark.parametrize(("fault", "status"), [("exit", "error"), ("segfault", "error"), ("hang", "timeout")])
+def test_of_a_batch_the_task_that_loses_the_worker_is_blamed_and_no_other_runs_twice(tmp_path, fault, status):
+    notes = tmp_path / "notes"
+    items = [(f"note {i} {notes}", "", {}) for i in range(200)]
+    items[100] = (fault, "a", {})
+    with VerifierHost(FAULT, timeout=1.0) as pool:
+        futures = submit_together(pool, items)
+        verdicts = [future.result(timeout=60) for future in futures]
+    assert [v.status for v in verdicts] == ["correct"] * 100 + [status] + ["correct"] * 99
+    assert notes.read_text().split() == [str(i) for i in range(200) if i != 100]
+
+
+def test_answers_of_a_batch_do_not_wait_for_a_task_that_hangs(tmp_path):
+    gate = tmp_path / "gate"
+    with VerifierHost(FAULT, timeout=60.0) as pool:
+        *futures, held, behind = submit_together(pool, [*[RIGHT] * 100, (f"wait {gate}", "", {}), RIGHT])
+        assert [future.result(timeout=30).status for future in futures] == ["correct"] * 100
+        assert not held.done() and not behind.done()
+        gate.touch()
+        assert [held.result(timeout=30).status, behind.result(timeout=30).status] == ["correct", "correct"]
+
+
+def test_a_worker_is_given_more_before_it_runs_out_but_never_a_task_that_cost_one_already():
+    queue = TaskQueue(max_pending=8, takers=1)
+    tasks = [Task(("verify", "a", "a", {}), 2, counted=True) for _ in range(4)]
+    assert queue.take_more() == []
+    tasks[1].future.cancel()
+    tasks[3].attempts = 1
+    for task in tasks:
+        queue.put(task)
+    assert queue.take_more() == [tasks[0]]
+    assert queue.take_more() == [tasks[2]]
+    assert queue.take_more() == []
+    assert queue.take("slot") == [tasks[3]]
+
+
 def test_tasks_behind_one_that_hangs_are_answered():
     with VerifierHost(FAULT, timeout=1.0) as pool:
         verdicts = pool.verify([RIGHT, ("hang", "a", {}), ("sleep", "a", {}), *[RIGHT] * 50])

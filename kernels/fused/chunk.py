@@ -75,7 +75,7 @@ class ChunkAttention(torch.autograd.Function):
         final = None
         if options.keep_final:
             final = torch.empty(inputs.state_shape(), dtype=torch.float32, device=v.device)
-        scan(inputs, tiles, initial, final=final, o=o)
+        ctx.passage = scan(inputs, tiles, initial, final=final, o=o)
         return o, final
 
     @staticmethod
@@ -84,11 +84,11 @@ class ChunkAttention(torch.autograd.Function):
         inputs = Inputs(*tensors, ctx.options, product_dtype(tensors[0], torch.bfloat16))
         tiles = prepare(inputs, keep_inverse=True)
         states = inputs.tiles(inputs.key, inputs.value)
-        scan(inputs, tiles, initial, states=states)
+        passage = scan(inputs, tiles, initial, states=states, passage=ctx.passage)
         dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
         dfinal = dfinal.contiguous() if ctx.options.keep_final else None
         do = do.contiguous()
-        dstates, dnew = scan_backward(inputs, tiles, do, dfinal, dinitial)
+        dstates, dnew = scan_backward(inputs, tiles, do, dfinal, dinitial, passage)
         gradients = all_gradients(inputs, tiles, do, states, dstates, dnew)
         return *gradients, None if initial is None else dinitial.to(initial.dtype), None
 

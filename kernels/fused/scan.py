@@ -1,9 +1,4 @@
-"""The state from chunk to chunk, and its gradient from chunk to chunk backwards. Columns of the state are independent.
-
-new = u - w S        o = reader S + P new        S' = decay S + writer^T new
-
-dnew = P^T do + writer dS'        dS = decay dS' + reader^T do - w^T dnew
-"""
+"""The state from chunk to chunk, and its gradient from chunk to chunk backwards, for all segments at once."""
 
 import triton
 import triton.language as tl
@@ -11,78 +6,115 @@ from torch import Tensor
 
 from deltarl.kernels.fused.call import Inputs, Tiles
 from deltarl.kernels.fused.chunks import CHUNK
-from deltarl.kernels.fused.configs import CONFIGS
-from deltarl.kernels.fused.tiles import column_offsets, load_rows, store_rows, tile_offsets
+from deltarl.kernels.fused.passage import Passage, passage_gradient, passage_of
+from deltarl.kernels.fused.segments import Segments, segments_of
+from deltarl.kernels.fused.step import (
+    backward_step,
+    by_columns,
+    columns_at,
+    columns_of_tokens,
+    decay_of,
+    forward_step,
+    state_if,
+    tile_at,
+    tokens_at,
+)
 
 
 @triton.jit(do_not_specialize=["H"])
 def scan_kernel(
-    w, u, reader, writer, attend, decay, initial, final, o, states, chunk_row, chunk_size, bounds,
+    w, u, reader, writer, attend, decay, initial, after, final, o, states,
+    chunk_row, chunk_size, bounds, opens, closes,
     H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, KEEP_FINAL: tl.constexpr, KEEP_STATES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, CUT: tl.constexpr, KEEP_FINAL: tl.constexpr, KEEP_STATES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program for BV columns of one head of one sequence.
+    """One program for BV columns of one head of one segment; CUT: some start from what `after` holds.
 
     KEEP_STATES: instead of o, the state before each chunk [chunks, H, K, V] is written, and u becomes `new`.
     """
-    column, head, sequence = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
-    DT: tl.constexpr = w.dtype.element_ty
-    state = tl.zeros((K, BV), tl.float32)
+    column, head, segment = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
+    opened = tl.load(opens + segment)
+    state = tl.zeros((BV, K), tl.float32)
     if HAS_INITIAL:
-        state += tl.load(initial + column_offsets(sequence * H + head, column, K, V, BV)).to(tl.float32)
-    for chunk in range(tl.load(bounds + sequence), tl.load(bounds + sequence + 1)):
+        state += state_if(opened >= 0, initial, opened * H + head, column, K, V, BV)
+    if CUT:
+        state += state_if(opened < 0, after, (segment - 1) * H + head, column, K, V, BV)
+    first, last = tl.load(bounds + segment), tl.load(bounds + segment + 1)
+    row = tl.load(chunk_row + first, mask=first < last)
+    size = tl.load(chunk_size + last - 1, mask=first < last)
+    b_decay = decay_of(decay, tl.where(first < last, first, 0) * H + head, K)
+    for chunk in range(first, last):
         tile = chunk * H + head
-        b_state = state.to(DT)
-        b_w = tl.load(w + tile_offsets(tile, C, K))
-        b_u = tl.load(u + column_offsets(tile, column, C, V, BV))
-        b_new = (b_u.to(tl.float32) - tl.dot(b_w, b_state, input_precision=PRECISION)).to(DT)
+        next_decay = decay_of(decay, tl.minimum(chunk + 1, last - 1) * H + head, K)
+        b_u = tl.load(columns_at(u, tile, column, C, V, BV))
+        state, b_state, b_new = forward_step(state, b_u, b_decay, w, writer, tile, K, C, PRECISION)
         if KEEP_STATES:
-            tl.store(states + column_offsets(tile, column, K, V, BV), b_state)
-            tl.store(u + column_offsets(tile, column, C, V, BV), b_new)
+            tl.store(columns_at(states, tile, column, K, V, BV), tl.trans(b_state))
+            tl.store(columns_at(u, tile, column, C, V, BV), tl.trans(b_new))
         else:
-            b_o = tl.dot(tl.load(reader + tile_offsets(tile, C, K)), b_state, input_precision=PRECISION)
-            b_o += tl.dot(tl.load(attend + tile_offsets(tile, C, C)), b_new, input_precision=PRECISION)
-            valid = tl.arange(0, C) < tl.load(chunk_size + chunk)
-            store_rows(o + head * V + column, b_o, tl.load(chunk_row + chunk), H * V, valid, C, BV)
-        b_decay = tl.load(decay + tile * K + tl.arange(0, K))
-        b_writer = tl.trans(tl.load(writer + tile_offsets(tile, C, K)))
-        state = state * b_decay[:, None] + tl.dot(b_writer, b_new, input_precision=PRECISION)
+            b_o = tl.dot(
+                b_state,
+                tl.trans(tl.load(tile_at(reader, tile, C, K))),
+                input_precision=PRECISION,
+            )
+            b_o = tl.dot(
+                b_new,
+                tl.trans(tl.load(tile_at(attend, tile, C, C))),
+                b_o,
+                input_precision=PRECISION,
+            )
+            valid = tl.arange(0, C) < tl.where(chunk == last - 1, size, C)
+            b_o = tl.trans(b_o.to(o.dtype.element_ty))
+            tl.store(
+                tokens_at(o, row + (chunk - first) * C, head, column, H, V, C, BV),
+                b_o,
+                mask=valid[:, None],
+            )
+        b_decay = next_decay
     if KEEP_FINAL:
-        tl.store(final + column_offsets(sequence * H + head, column, K, V, BV), state)
+        closed = tl.load(closes + segment)
+        if closed >= 0:
+            tl.store(columns_at(final, closed * H + head, column, K, V, BV), tl.trans(state))
 
 
 @triton.jit(do_not_specialize=["H"])
 def scan_backward_kernel(
-    w, reader, writer, attend, decay, do, dfinal, dinitial, dstates, dnew, chunk_row, chunk_size, bounds,
+    w, reader, writer, attend, decay, do, dfinal, dafter, dinitial, dstates, dnew,
+    chunk_row, chunk_size, bounds, opens, closes,
     H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    HAS_FINAL: tl.constexpr, KEEP_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FINAL: tl.constexpr, CUT: tl.constexpr, KEEP_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes dS' of each chunk to `dstates` [chunks, H, K, V] and dnew [chunks, H, C, V]."""
-    column, head, sequence = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
+    column, head, segment = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
     DT: tl.constexpr = w.dtype.element_ty
-    dstate = tl.zeros((K, BV), tl.float32)
+    closed = tl.load(closes + segment)
+    dstate = tl.zeros((BV, K), tl.float32)
     if HAS_FINAL:
-        dstate += tl.load(dfinal + column_offsets(sequence * H + head, column, K, V, BV)).to(tl.float32)
-    first, last = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
-    for step in range(0, last - first):
-        chunk = last - 1 - step
-        tile = chunk * H + head
-        b_dstate = dstate.to(DT)
-        tl.store(dstates + column_offsets(tile, column, K, V, BV), b_dstate)
-        valid = tl.arange(0, C) < tl.load(chunk_size + chunk)
-        b_do = load_rows(do + head * V + column, tl.load(chunk_row + chunk), H * V, valid, C, BV).to(DT)
-        b_writer = tl.load(writer + tile_offsets(tile, C, K))
-        b_dnew = tl.dot(b_writer, b_dstate, input_precision=PRECISION)
-        b_attend = tl.trans(tl.load(attend + tile_offsets(tile, C, C)))
-        b_dnew += tl.dot(b_attend, b_do, input_precision=PRECISION)
-        tl.store(dnew + column_offsets(tile, column, C, V, BV), b_dnew.to(DT))
-        b_decay = tl.load(decay + tile * K + tl.arange(0, K))
-        dstate = dstate * b_decay[:, None]
-        dstate += tl.dot(tl.trans(tl.load(reader + tile_offsets(tile, C, K))), b_do, input_precision=PRECISION)
-        b_w = tl.trans(tl.load(w + tile_offsets(tile, C, K)))
-        dstate -= tl.dot(b_w, b_dnew.to(DT), input_precision=PRECISION)
+        dstate += state_if(closed >= 0, dfinal, closed * H + head, column, K, V, BV)
+    if CUT:
+        dstate += state_if(closed < 0, dafter, segment * H + head, column, K, V, BV)
+    first, last = tl.load(bounds + segment), tl.load(bounds + segment + 1)
+    row = tl.load(chunk_row + last - 1, mask=first < last)
+    size = tl.load(chunk_size + last - 1, mask=first < last)
+    b_decay = decay_of(decay, tl.where(first < last, last - 1, 0) * H + head, K)
+    for step in range(last - first):
+        tile = (last - 1 - step) * H + head
+        next_decay = decay_of(decay, tl.maximum(last - 2 - step, first) * H + head, K)
+        b_do = columns_of_tokens(do, row - step * C, tl.where(step == 0, size, C), head, column, H, V, C, BV).to(DT)
+        dstate, b_dstate, b_dnew = backward_step(
+            dstate, b_do, b_decay, w, reader, writer, attend, tile, K, C, PRECISION
+        )
+        tl.store(columns_at(dstates, tile, column, K, V, BV), tl.trans(b_dstate))
+        tl.store(columns_at(dnew, tile, column, C, V, BV), tl.trans(b_dnew))
+        b_decay = next_decay
     if KEEP_INITIAL:
-        tl.store(dinitial + column_offsets(sequence * H + head, column, K, V, BV), dstate)
+        opened = tl.load(opens + segment)
+        if opened >= 0:
+            tl.store(
+                columns_at(dinitial, opened * H + head, column, K, V, BV),
+                tl.trans(dstate),
+            )
 
 
 def scan(
@@ -93,28 +125,47 @@ def scan(
     final: Tensor | None = None,
     o: Tensor | None = None,
     states: Tensor | None = None,
-) -> None:
-    """Fills o and the final state, or (backward) `states`, making `tiles.u` the values written."""
-    chunks, config = x.options.chunks, CONFIGS["scan"]
-    width = min(config.block, x.value)
-    scan_kernel[(triton.cdiv(x.value, width), x.heads, len(chunks.bounds) - 1)](
-        tiles.w, tiles.u, tiles.reader, tiles.writer, tiles.attend, tiles.decay, initial, final, o, states,
-        chunks.row, chunks.size, chunks.bounds,
-        **x.sizes(), BV=width, HAS_INITIAL=initial is not None, KEEP_FINAL=final is not None,
-        KEEP_STATES=states is not None, PRECISION=x.precision(), **config.launch(),
+    passage: Passage | None = None,
+) -> Passage | None:
+    """Fills o and the final state, or (backward) `states`, making `tiles.u` the values written.
+
+    Returns what passes between segments, None where no sequence is cut; an earlier scan's `passage` saves finding it.
+    """
+    segments, chunks = segments_for(x), x.options.chunks
+    passage = passage or passage_of(x, tiles, initial, segments)
+    width, launch = by_columns("scan", x)
+    scan_kernel[(x.value // width, x.heads, segments.count)](
+        tiles.w, tiles.u, tiles.reader, tiles.writer, tiles.attend, tiles.decay, initial,
+        passage and passage.after, final, o, states,
+        chunks.row, chunks.size, segments.bounds, segments.opens, segments.closes,
+        **x.sizes(), BV=width, HAS_INITIAL=initial is not None, CUT=passage is not None, KEEP_FINAL=final is not None,
+        KEEP_STATES=states is not None, PRECISION=x.precision(), **launch,
     )  # fmt: skip
+    return passage
 
 
 def scan_backward(
-    x: Inputs, tiles: Tiles, do: Tensor, dfinal: Tensor | None, dinitial: Tensor | None
+    x: Inputs,
+    tiles: Tiles,
+    do: Tensor,
+    dfinal: Tensor | None,
+    dinitial: Tensor | None,
+    passage: Passage | None,
 ) -> tuple[Tensor, Tensor]:
-    chunks, config = x.options.chunks, CONFIGS["scan_backward"]
-    width = min(config.block, x.value)
+    """dS' of each chunk and dnew; fills dinitial. `passage` is the forward scan's."""
+    segments, chunks = segments_for(x), x.options.chunks
+    dafter = None if passage is None else passage_gradient(x, tiles, do, dfinal, passage, segments)
+    width, launch = by_columns("scan_backward", x)
     dstates, dnew = x.tiles(x.key, x.value), x.tiles(CHUNK, x.value)
-    scan_backward_kernel[(triton.cdiv(x.value, width), x.heads, len(chunks.bounds) - 1)](
-        tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, do, dfinal, dinitial, dstates, dnew,
-        chunks.row, chunks.size, chunks.bounds,
-        **x.sizes(), BV=width, HAS_FINAL=dfinal is not None, KEEP_INITIAL=dinitial is not None,
-        PRECISION=x.precision(), **config.launch(),
+    scan_backward_kernel[(x.value // width, x.heads, segments.count)](
+        tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, do, dfinal, dafter, dinitial, dstates, dnew,
+        chunks.row, chunks.size, segments.bounds, segments.opens, segments.closes,
+        **x.sizes(), BV=width, HAS_FINAL=dfinal is not None, CUT=dafter is not None, KEEP_INITIAL=dinitial is not None,
+        PRECISION=x.precision(), **launch,
     )  # fmt: skip
     return dstates, dnew
+
+
+def segments_for(x: Inputs) -> Segments:
+    width, _ = by_columns("scan", x)
+    return segments_of(x.options.chunks.per_sequence, x.heads * (x.value // width), x.q.device)

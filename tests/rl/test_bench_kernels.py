@@ -128,10 +128,13 @@ def test_decode_reads_the_states_in_the_order_of_the_sequences():
 
 
 def test_a_row_compares_only_what_is_the_same():
-    row = Row("x", "y", seconds=2e-3, peak_bytes=GIB, moved=10**9, kernels=[])
+    row = Row("x", "y", seconds=2e-3, peak_bytes=GIB, moved=10**9, kernels={})
     row.peers = {"torch": {"seconds": 4e-3, "difference": 1e-3}, "fla": {"seconds": 1e-3, "difference": 0.5}}
     found = row.as_json(copy_rate=2e12)
     assert (found["peer"], found["peer_seconds"], found["ratio"]) == ("torch", 4e-3, 2.0)
+    row.peers["fla"]["difference"] = 0.005
+    assert row.as_json()["peer"] == "fla" and row.as_json()["ratio"] == 0.5
+    row.peers["fla"]["difference"] = 0.5
     assert found["bytes_per_second"] == 5e11 and found["of_copy"] == 0.25
     line = row.line(copy_rate=2e12)
     assert "2.00 x" in line and "fla 1.00 ms  differs by 0.5" in line and "torch code" in line

@@ -16,7 +16,7 @@ import torch
 from deltarl.kernels.dispatch import BY_DEVICE
 from deltarl.rl.bench.kernels.cases import CASES, Case
 from deltarl.rl.bench.kernels.command import selected
-from deltarl.rl.bench.kernels.gpu import copy_rate, gpu_seconds, peak_bytes, triton_kernels
+from deltarl.rl.bench.kernels.gpu import copy_rate, gpu_seconds, kernel_seconds, peak_bytes
 from deltarl.rl.bench.kernels.rows import Report, Row
 from deltarl.rl.errors import UserError
 
@@ -91,8 +91,6 @@ def add_measurement(row: Row, case: Case | FirstCall, implementation: str) -> bo
             found = measure_peer(case, implementation)
     except Exception as error:  # noqa: BLE001 - the row says it, the command ends with 1, and other cases still run
         found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    finally:
-        torch.cuda.empty_cache()
     if not found:
         return False
     if implementation == "ours":
@@ -107,8 +105,8 @@ def measure_ours(case: Case) -> dict[str, Any]:
     built = case.build("ours", "cuda")
     if built is None:
         return {}
-    names = triton_kernels(built.eager or built.work)
-    found = {"moved": built.moved, "kernels": names, "peak_bytes": peak_bytes(built.work)}
+    kernels = kernel_seconds(built.eager or built.work)
+    found = {"moved": built.moved, "kernels": kernels, "peak_bytes": peak_bytes(built.work)}
     return found | {"seconds": gpu_seconds(built.work)}
 
 

@@ -1,7 +1,8 @@
 """How a call is measured on an NVIDIA GPU."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ Work = Callable[[], Any]
 REPEATS, SLOW_REPEATS = 20, 3
 SLOW = 0.1  # seconds
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
+BUSY = 20  # flushes, about 2 ms
 
 
 def gpu_seconds(work: Work) -> float:
@@ -65,19 +67,46 @@ def in_a_graph(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def triton_kernels(work: Work) -> list[str]:
-    """Names of the Triton kernels that one call launches, in order."""
+def kernel_seconds(work: Work, repeats: int = 10) -> dict[str, float]:
+    """Seconds of each Triton kernel in one call, all its launches together, in the order of their first: medians.
+
+    The device is kept busy before each call, so that no kernel waits for the host between its two events.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    work()
+    calls = []
+    for _ in range(repeats):
+        for _ in range(BUSY):
+            flush.zero_()
+        with launch_events() as launches:
+            work()
+        torch.cuda.synchronize()
+        seconds: dict[str, float] = {}
+        for name, start, end in launches:
+            seconds[name] = seconds.get(name, 0.0) + start.elapsed_time(end) / 1e3
+        calls.append(seconds)
+    return {name: statistics.median(call[name] for call in calls) for name in calls[0]}
+
+
+@contextmanager
+def launch_events() -> Iterator[list[tuple[str, torch.cuda.Event, torch.cuda.Event]]]:
+    """The name, and events before and after, of each Triton kernel launched inside, in order."""
     from triton import knobs
 
-    names: list[str] = []
+    launches: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def note(metadata: Any) -> None:
-        names.append(metadata.get()["name"])
+    def enter(metadata: Any) -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        launches.append((metadata.get()["name"], start, end))
+        start.record()
 
-    knobs.runtime.launch_enter_hook.add(note)
+    def leave(metadata: Any) -> None:
+        launches[-1][2].record()
+
+    knobs.runtime.launch_enter_hook.add(enter)
+    knobs.runtime.launch_exit_hook.add(leave)
     try:
-        work()
-        torch.cuda.synchronize()
+        yield launches
     finally:
-        knobs.runtime.launch_enter_hook.remove(note)
-    return names
+        knobs.runtime.launch_enter_hook.remove(enter)
+        knobs.runtime.launch_exit_hook.remove(leave)

@@ -17,7 +17,7 @@ class Row:
     """One case: what one call of ours took, and of each peer, in seconds (medians) and bytes.
 
     moved: bytes that a call must read and write at least. difference: RMS of the peer's results minus ours, over ours.
-    kernels: the Triton kernels that a call of ours launched; none where it ran torch's. failed: why nothing is here.
+    kernels: seconds of each Triton kernel in a call of ours; none where it ran torch's. failed: why nothing is here.
     """
 
     case: str
@@ -25,14 +25,14 @@ class Row:
     seconds: float | None = None
     peak_bytes: int | None = None
     moved: int | None = None
-    kernels: list[str] | None = None
+    kernels: dict[str, float] | None = None
     failed: str | None = None
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_json(self, copy_rate: float | None = None) -> dict[str, Any]:
-        """With `peer_seconds` and `ratio` (peer_seconds / seconds) of the first peer that computed the same."""
+        """With peer_seconds and ratio (peer_seconds / seconds) of a peer that computed the same, fla before torch."""
         found: dict[str, Any] = {"case": self.case, "what": self.what, "seconds": self.seconds}
-        comparable = [name for name in self.peers if self.ratio(name) is not None]
+        comparable = sorted(name for name in self.peers if self.ratio(name) is not None)
         name = comparable[0] if comparable else None
         found |= {"peer_seconds": self.peers[name]["seconds"] if name else None, "ratio": self.ratio(name)}
         extra = {"peer": name, "peak_bytes": self.peak_bytes, "moved_bytes": self.moved, "kernels": self.kernels}

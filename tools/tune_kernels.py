@@ -33,7 +33,7 @@ SHAPES = (
     "decode/n1-h32/eager",
     "decode/n256-h32/eager",
 )
-KERNELS = {"decode_few": "decode_kernel"}  # others: the entry's name and "_kernel"
+KERNELS = {"decode_few": ["decode_kernel"], "ranges": ["largest_kernel", "multiply_kernel"]}  # others: NAME_kernel
 WHERE = {"decode": "decode/n256-*", "decode_few": "decode/n1-*"}  # the shapes an entry is for, where not all
 SAME = 0.01  # RMS of the difference over RMS: other tile widths round sums in another order, and a wrong tile shows
 TIMEOUT = 240  # seconds for a candidate's compilation and check
@@ -68,11 +68,11 @@ def tune(args: argparse.Namespace) -> int:
         print(shape, *(f"{name} {1e6 * seconds:.1f} us" for name, seconds in kernels.items()), sep="\n    ", flush=True)
     present = step_once("present")
     for entry, config in present["configs"].items():
-        kernel = KERNELS.get(entry, f"{entry}_kernel")
+        kernels = KERNELS.get(entry, [f"{entry}_kernel"])
         of_entry = fnmatch.filter(launched, WHERE.get(entry, "*")) if fnmatch.fnmatchcase(entry, args.only) else []
         for shape in of_entry:
-            if kernel in launched[shape]:
-                found += measured(entry, kernel, shape, grid(config, args), args)
+            if launched[shape].keys() & set(kernels):
+                found += measured(entry, kernels, shape, grid(config, args), args)
     for entry, config in best(found).items():
         print(f'    "{entry}": Config({", ".join(f"{key}={value}" for key, value in config.items())}),')
     print(f"# {present['device']}, triton {present['triton']}")
@@ -86,7 +86,9 @@ def grid(present: dict[str, int], args: argparse.Namespace) -> list[dict[str, in
     return [present, *(present | change for change in tried if present | change != present)]
 
 
-def measured(entry: str, kernel: str, shape: str, candidates: list[dict], args: argparse.Namespace) -> list[dict]:
+def measured(
+    entry: str, kernels: list[str], shape: str, candidates: list[dict], args: argparse.Namespace
+) -> list[dict]:
     """One dict per candidate that gave the right values, fastest first; prints all of them."""
     print(f"\n{entry}, {shape}", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -96,7 +98,7 @@ def measured(entry: str, kernel: str, shape: str, candidates: list[dict], args: 
             print(f"    {config}: {why}", flush=True)
     right = [config for config, why in zip(candidates, whys, strict=True) if not why]
     rows = []
-    for line in step("time", entry=entry, kernel=kernel, shape=shape, configs=right):
+    for line in step("time", entry=entry, kernels=kernels, shape=shape, configs=right):
         rows.append({"entry": entry, "shape": shape, **line})
         if args.out:
             with Path(args.out).open("a") as file:
@@ -179,14 +181,15 @@ def check(entry: str, shape: str, config: dict[str, int]) -> None:
     print(json.dumps({"problem": "" if apart <= SAME else f"differs by {apart:.2g}"}))
 
 
-def time_all(entry: str, kernel: str, shape: str, configs: list[dict[str, int]]) -> None:
-    """Step: the kernel's seconds in each configuration."""
+def time_all(entry: str, kernels: list[str], shape: str, configs: list[dict[str, int]]) -> None:
+    """Step: the seconds of the entry's kernels in each configuration."""
     from deltarl.rl.bench.kernels.gpu import kernel_seconds
 
     work = build(shape).work
     for config in configs:
         configure(entry, config)
-        print(json.dumps({"config": config, "seconds": kernel_seconds(work)[kernel]}), flush=True)
+        seconds = sum(time for name, time in kernel_seconds(work).items() if name in kernels)
+        print(json.dumps({"config": config, "seconds": seconds}), flush=True)
 
 
 def configure(entry: str, config: dict[str, int]) -> None:

@@ -34,7 +34,7 @@ def _by_device() -> Mapping[str, Mapping[str, Callable]]:
         raise ValueError(f"DELTARL_KERNELS is {choice!r}: use torch, or triton")
     from deltarl.kernels.fused import operators
 
-    names = ("kda_chunk", "kda_decode_", "gdn_decode_")
+    names = ("kda_chunk", "kda_decode_", "gdn_chunk", "gdn_decode_")
     return {"cuda": {name: getattr(operators, name) for name in names}}
 
 

@@ -33,7 +33,12 @@ class Inputs:
 
     @property
     def heads(self) -> int:
-        return self.q.shape[2]
+        return self.v.shape[2]
+
+    @property
+    def shared(self) -> int:
+        """How many heads of v read one head of q and k."""
+        return self.v.shape[2] // self.q.shape[2]
 
     @property
     def key(self) -> int:
@@ -80,3 +85,4 @@ class Tiles:
     attend: Tensor
     decay: Tensor
     inverse: Tensor | None
+    erase: Tensor | None = None

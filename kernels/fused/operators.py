@@ -13,6 +13,8 @@ from torch import Tensor
 from deltarl.kernels.chunk import kda_chunk as kda_chunk_torch
 from deltarl.kernels.fused.chunk import kda_chunk as kda_chunk_triton
 from deltarl.kernels.fused.decode import kda_decode_ as kda_decode_triton
+from deltarl.kernels.fused.gdn import gdn_chunk as gdn_chunk_triton
+from deltarl.kernels.gdn import gdn_chunk as gdn_chunk_torch
 from deltarl.kernels.recurrent import kda_decode_ as kda_decode_torch
 
 WIDTH = 128
@@ -32,6 +34,18 @@ def kda_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **option
         and options.get("use_qk_l2norm", True)
     )
     return (kda_chunk_triton if proven else kda_chunk_torch)(q, k, v, g, beta, **options)
+
+
+def gdn_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """See `deltarl.kernels.gdn_chunk`. Triton's: as for `kda_chunk`, q and k of one type."""
+    proven = (
+        all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v, g, beta))
+        and q.dtype == k.dtype
+        and q.ndim == v.ndim == 4
+        and {q.shape[-1], v.shape[-1]} <= {32, 64, 128}
+        and q.shape[1] > 0
+    )
+    return (gdn_chunk_triton if proven else gdn_chunk_torch)(q, k, v, g, beta, **options)
 
 
 def kda_decode_(

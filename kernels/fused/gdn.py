@@ -1,0 +1,84 @@
+"""`gdn_chunk` for NVIDIA GPUs: the chunks of `deltarl.kernels.fused.chunk` with one decay per head and token.
+
+The scans over the chunks are KDA's. Forward keeps nothing but its inputs; backward makes the states of the chunks anew.
+Products are fp16 (fp32 for fp32 inputs) summed in fp32, gradients brought into fp16's range before; the state that
+goes from chunk to chunk is fp32.
+"""
+
+import torch
+from torch import Tensor
+
+from deltarl.kernels.fused.call import Inputs, Options
+from deltarl.kernels.fused.chunk import packed_rows, product_dtype
+from deltarl.kernels.fused.chunks import chunks_of
+from deltarl.kernels.fused.gdn_gradients import gdn_gradients
+from deltarl.kernels.fused.gdn_prepare import gdn_prepare
+from deltarl.kernels.fused.ranges import into_range
+from deltarl.kernels.fused.scan import scan, scan_backward
+from deltarl.kernels.inputs import check_arguments, sequence_lengths
+
+
+def gdn_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    gate_lower_bound: float | None = None,
+    scale: float | None = None,
+    use_qk_l2norm: bool = True,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Same arguments, shapes and errors as `deltarl.kernels.gdn.gdn_chunk`; K and V are 32, 64, 128 or 256, T > 0, and
+    q, k and v have one dtype."""
+    check_arguments(q, k, v, g.unsqueeze(-1), beta, A_log, dt_bias, gate_lower_bound)
+    batch, tokens = q.shape[:2]
+    lengths = [tokens] * batch if cu_seqlens is None else sequence_lengths(cu_seqlens, batch, tokens)
+    expected = (len(lengths), v.shape[2], q.shape[3], v.shape[3])
+    if initial_state is not None and initial_state.shape != expected:
+        raise ValueError(f"initial_state must be {expected}, got {tuple(initial_state.shape)}")
+    options = Options(
+        chunks_of(tuple(lengths), q.device),
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        gate_lower_bound,
+        use_qk_l2norm,
+        output_final_state,
+    )
+    return GatedDelta.apply(q, k, v, g, beta, A_log, dt_bias, initial_state, options)
+
+
+class GatedDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, A_log, dt_bias, initial, options: Options) -> tuple[Tensor, Tensor | None]:
+        q, k, v, g, beta = (packed_rows(x) for x in (q, k, v, g, beta))
+        initial = None if initial is None else initial.contiguous()
+        ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial)
+        ctx.options = options
+        inputs = Inputs(q, k, v, g, beta, A_log, dt_bias, options, product_dtype(q, torch.float16))
+        tiles = gdn_prepare(inputs, for_backward=False)
+        o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        final = None
+        if options.keep_final:
+            final = torch.empty(inputs.state_shape(), dtype=torch.float32, device=v.device)
+        ctx.passage = scan(inputs, tiles, initial, final=final, o=o)
+        return o, final
+
+    @staticmethod
+    def backward(ctx, do: Tensor, dfinal: Tensor | None):
+        *tensors, initial = ctx.saved_tensors
+        inputs = Inputs(*tensors, ctx.options, product_dtype(tensors[0], torch.float16))
+        tiles = gdn_prepare(inputs, for_backward=True)
+        states = inputs.tiles(inputs.key, inputs.value)
+        passage = scan(inputs, tiles, initial, states=states, passage=ctx.passage)
+        out = into_range(inputs, do.contiguous(), dfinal.contiguous() if ctx.options.keep_final else None)
+        dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
+        dstates, dnew = scan_backward(inputs, tiles, out.do, out.dfinal, dinitial, passage)
+        gradients = gdn_gradients(inputs, tiles, out, states, dstates, dnew)
+        if initial is not None:
+            dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)
+        return *gradients, dinitial, None

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, in fp32, where what remains of an error is a mistake.
 
-Run by hand where triton is installed (3.7 or newer; the CPU profile has none):
+test_triton.py runs this file; by hand, with triton 3.7 or newer:
 
     TRITON_INTERPRET=1 pytest tests/kernels/triton_interpreter.py
 """

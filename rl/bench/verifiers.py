@@ -1,16 +1,19 @@
 """`deltarl bench verifiers`: the math verifier beside math-verify, in one run.
 
-Speed on worked solutions, in one process and through the host; accuracy on labelled cases; what hostile responses do.
+Speed on worked solutions, in one process, in several, and through the host; accuracy on labelled cases; what hostile
+responses do.
 """
 
 import importlib.util
 import json
 import multiprocessing
+import os
 import platform
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -28,9 +31,12 @@ OURS = VerifierSpec("math")
 OURS_LENIENT = VerifierSpec("math", {"extraction": "lenient"})
 PEER = VerifierSpec("deltarl.rl.bench.peer:MathVerify")
 REPEATS = 3
-HOST_COPIES = 20, 2  # of the solutions, ours and peer: the faster one, too, then runs for a second or so
+RUN_SECONDS = 2.0
+START_SECONDS = 120.0
+WARM_UP_ITEMS = 100
 CASE_SECONDS = 10.0
 HOSTILE_SECONDS = 1.0
+HOSTILE_CHARS = 2_000_000
 WARM_UP = (
     "7",
     "\\frac{1}{2}",
@@ -58,8 +64,8 @@ class Solution:
 class Row:
     """One measure, ours and the peer's.
 
-    unit: "per second" (more is better), or what is counted among `of` responses (fewer is better); ratio: ours / peer,
-    of speeds. ours_are, peer_are: the names of the hostile responses counted.
+    unit: "per second" (more is better), "µs each" of processor time, or what is counted among `of` responses (fewer is
+    better); ratio: ours / peer, of speeds. ours_are, peer_are: the names of the hostile responses counted.
     """
 
     case: str
@@ -81,9 +87,11 @@ def bench(data: str | None, cases: Sequence[str], workers: int, *, as_json: bool
     solutions = read_solutions([Path(data) if data else files("deltarl.rl.bench") / "data" / "responses.jsonl"])
     labelled = read_solutions(sorted(file for path in map(Path, cases) for file in case_files(path)))
 
+    speeds = speed_rows(solutions)
     rows = [
-        *speed_rows(solutions),
-        *host_rows(solutions, workers),
+        *speeds.values(),
+        *scaling_rows(solutions, speeds["all"], workers),
+        *scaling_rows(*dearest(solutions, speeds), workers),
         *accuracy_rows([*solutions, *labelled], workers),
         *hostile_rows(hostile_cases()),
     ]
@@ -149,7 +157,7 @@ def read_solutions(paths: Iterable[Any]) -> list[Solution]:
     return solutions
 
 
-def speed_rows(solutions: Sequence[Solution]) -> list[Row]:
+def speed_rows(solutions: Sequence[Solution]) -> dict[str, Row]:
     """Solutions a second in one process, all and by kind: the best of a few passes, each in a fresh process."""
     best = []
     for spec in (OURS, PEER):
@@ -158,10 +166,16 @@ def speed_rows(solutions: Sequence[Solution]) -> list[Row]:
         best.append({kind: min(seconds[kind] for seconds in passes) for kind in passes[0]})
         best[-1]["all"] = min(sum(seconds.values()) for seconds in passes)
     counts = Counter(solution.kind for solution in solutions) | {"all": len(solutions)}
-    return [
-        speed_row(f"one process, {kind}", counts[kind], counts[kind] / best[0][kind], counts[kind] / best[1][kind])
+    return {
+        kind: speed_row(f"one process, {kind}", counts[kind], *(counts[kind] / seconds[kind] for seconds in best))
         for kind in ("all", *dict.fromkeys(solution.kind for solution in solutions))
-    ]
+    }
+
+
+def dearest(solutions: Sequence[Solution], speeds: Mapping[str, Row]) -> tuple[list[Solution], Row]:
+    """The solutions of the kind that takes ours longest, and the speeds in one process."""
+    kind = min({solution.kind for solution in solutions}, key=lambda kind: speeds[kind].ours)
+    return [solution for solution in solutions if solution.kind == kind], speeds[kind]
 
 
 def pass_seconds(spec: VerifierSpec, solutions: Sequence[Solution]) -> dict[str, float]:
@@ -187,26 +201,70 @@ def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def host_rows(solutions: Sequence[Solution], workers: int) -> list[Row]:
-    """Solutions a second through the host, for 1, 2, 4 … workers."""
+def scaling_rows(solutions: Sequence[Solution], alone: Row, workers: int) -> list[Row]:
+    """Solutions a second in 1, 2, 4 … plain processes and through a host of as many workers, their golds seen before;
+    and the processor time that the host's process and its workers spend on each.
+
+    alone: the speeds in one process, from which follows how often the solutions are graded.
+    """
     items = [(solution.response, solution.gold, None) for solution in solutions]
-    counts = sorted({workers, *(2**power for power in range(workers.bit_length() - 1))})
+    copies = [max(1, round(RUN_SECONDS * speed / len(items))) for speed in (alone.ours, alone.peer)]
+    kind = alone.case.rpartition(", ")[2]
     rows = []
-    for count in counts:
-        say(f"speed through the host, {count} worker{'s' * (count > 1)}")
-        speeds = [
-            host_speed(spec, items * copies, count) for spec, copies in zip((OURS, PEER), HOST_COPIES, strict=True)
+    for count in sorted({workers, *(2**power for power in range(workers.bit_length()))}):
+        plural = "" if count == 1 else "s"
+        runs = []
+        for spec, times in zip((OURS, PEER), copies, strict=True):
+            say(f"speed of {label(spec)}, {kind}, {count} plain process{'es' * (count > 1)} and {count} worker{plural}")
+            runs.append((plain_speed(spec, items * times, count), *host_speed(spec, items * times, count)))
+        plain, host, parent, worker = zip(*runs, strict=True)
+        rows += [
+            speed_row(f"{count} plain process{'es' * (count > 1)}, {kind}", len(items), *plain),
+            speed_row(f"host, {count} worker{plural}, {kind}", len(items), *host),
+            Row(f"host, {count} worker{plural}, {kind}: its process", "µs each", len(items), *parent),
+            Row(f"host, {count} worker{plural}, {kind}: workers", "µs each", len(items), *worker),
         ]
-        rows.append(speed_row(f"host, {count} worker{'s' * (count > 1)}", len(items), *speeds))
     return rows
 
 
-def host_speed(spec: VerifierSpec, items: Sequence[Item], workers: int) -> float:
+def host_speed(spec: VerifierSpec, items: Sequence[Item], workers: int) -> tuple[float, float, float]:
+    """Responses a second, and the microseconds of processor time on each: of this process, of the workers."""
     with VerifierHost(spec, workers) as host:
-        host.verify(items[: 100 * workers])
-        start = time.perf_counter()
+        host.verify(items[: WARM_UP_ITEMS * workers])
+        pids = host.worker_pids()
+        spent, spent_here, start = sum(map(cpu_seconds, pids)), time.process_time(), time.perf_counter()
         host.verify(items)
-        return len(items) / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        here, there = time.process_time() - spent_here, sum(map(cpu_seconds, pids)) - spent
+    return len(items) / seconds, here / len(items) * 1e6, there / len(items) * 1e6
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used, from proc(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def plain_speed(spec: VerifierSpec, items: Sequence[Item], processes: int) -> float:
+    """Responses a second where each process has its share from the start, and nobody else takes part."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
+        together = manager.Barrier(processes, timeout=START_SECONDS)
+        shares = [pool.submit(grade_share, spec, items[place::processes], together) for place in range(processes)]
+        starts, ends = zip(*(share.result() for share in shares), strict=True)
+    return len(items) / (max(ends) - min(starts))
+
+
+def grade_share(spec: VerifierSpec, items: Sequence[Item], together: threading.Barrier) -> tuple[float, float]:
+    """When this process began and ended, by the clock that all processes share; it begins with the others."""
+    verifier = load_verifier(spec)
+    for response, gold, _ in items[:WARM_UP_ITEMS]:
+        verifier.verify(response, gold, meta={})
+    together.wait()
+    start = time.perf_counter()
+    for response, gold, _ in items:
+        verifier.verify(response, gold, meta={})
+    return start, time.perf_counter()
 
 
 def speed_row(case: str, of: int, ours: float, peer: float) -> Row:
@@ -241,32 +299,42 @@ def wrong_verdicts(spec: VerifierSpec, solutions: Sequence[Solution], workers: i
 
 
 def hostile_rows(cases: Sequence[Hostile]) -> list[Row]:
-    """Late answers, wrong positives and lost processes."""
+    """Late answers, wrong positives, right answers refused, and lost processes."""
+    right = sum(case.right for case in cases)
+    of = {
+        "late": len(cases),
+        "wrong positives": len(cases) - right,
+        "right refused": right,
+        "processes lost": len(cases),
+    }
     found = []
     for spec in (OURS, PEER):
         say(f"hostile responses to {label(spec)}")
         found.append(hostile_names(spec, cases))
     return [
-        Row("hostile", unit, len(cases), len(ours), len(peers), ours_are=ours, peer_are=peers)
-        for unit, ours, peers in zip(("late", "wrong positives", "processes lost"), *found, strict=True)
+        Row("hostile", unit, number, len(ours), len(peers), ours_are=ours, peer_are=peers)
+        for (unit, number), ours, peers in zip(of.items(), *found, strict=True)
     ]
 
 
-def hostile_names(spec: VerifierSpec, cases: Sequence[Hostile]) -> tuple[list[str], list[str], list[str]]:
-    """The names of the cases not answered in time, of those taken for correct, and of those that cost their process."""
-    late, positive, lost = [], [], []
-    with VerifierHost(spec, timeout=HOSTILE_SECONDS) as host:
+def hostile_names(spec: VerifierSpec, cases: Sequence[Hostile]) -> tuple[list[str], ...]:
+    """The names of the cases not answered in time, of those taken for correct and not, of the right ones that were
+    refused, and of those that cost their process."""
+    late, positive, refused, lost = [], [], [], []
+    with VerifierHost(spec, timeout=HOSTILE_SECONDS, max_response_chars=HOSTILE_CHARS) as host:
         for case in cases:
             before = host.worker_pids()
             (verdict,) = host.verify([(case.response, case.gold, None)])
             after = host.worker_pids()
             if verdict.status == "timeout":
                 late.append(case.name)
-            if verdict.status == "correct":
+            if verdict.status == "correct" and not case.right:
                 positive.append(case.name)
+            if verdict.status != "correct" and case.right:
+                refused.append(case.name)
             if not after or (before and after != before):
                 lost.append(case.name)
-    return late, positive, lost
+    return late, positive, refused, lost
 
 
 def label(spec: VerifierSpec) -> str:

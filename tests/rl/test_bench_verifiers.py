@@ -31,7 +31,8 @@ def test_hostile_names_are_distinct():
 
 def test_late_answers_wrong_positives_and_lost_processes_are_told_apart():
     cases = [Hostile(response, response, gold="7") for response in ("hang", "7", "8", "exit", "raise")]
-    assert verifiers.hostile_names(FAULTS, cases) == (["hang"], ["7"], ["hang", "exit"])
+    cases += [Hostile(f"right {response}", response, gold="7", right=True) for response in ("7", "8")]
+    assert verifiers.hostile_names(FAULTS, cases) == (["hang"], ["7"], ["right 8"], ["hang", "exit"])
 
 
 def test_wrong_verdicts_are_counted_by_label(tmp_path):

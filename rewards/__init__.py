@@ -4,7 +4,7 @@ Imports neither torch nor vLLM: a pool's worker starts in the time that Python i
 """
 
 from deltarl.rewards.adapters import as_async_trl_reward, as_trl_reward, from_trl_reward
-from deltarl.rewards.host import HostClosed, VerifierHost, check_golds
+from deltarl.rewards.host import HostClosed, VerifierHost
 from deltarl.rewards.registry import VerifierInfo, VerifierLoadError, list_verifiers, load_verifier
 from deltarl.rewards.types import STATUSES, Status, Verdict, Verifier, VerifierSpec
 
@@ -20,7 +20,6 @@ __all__ = [
     "VerifierSpec",
     "as_async_trl_reward",
     "as_trl_reward",
-    "check_golds",
     "from_trl_reward",
     "list_verifiers",
     "load_verifier",

@@ -24,8 +24,6 @@ from deltarl.rewards.worker import plain
 
 Item = tuple[str, str | Sequence[str], Mapping[str, Any] | None]
 
-UNUSABLE = ("gold_error", "timeout", "limit", "error")
-
 
 class VerifierHost:
     """Runs a verifier in `workers` processes; usable from any number of threads and event loops of one process.
@@ -244,17 +242,6 @@ class VerifierHost:
             if progress is not None:
                 progress(len(verdicts), len(items))
         return [verdicts[index] for index in range(len(items))]
-
-
-def check_golds(
-    spec_or_host: VerifierSpec | str | VerifierHost, golds: Sequence[str | Sequence[str]]
-) -> list[tuple[int, str | Sequence[str], str]]:
-    """(index, gold, reason) of each gold that cannot be graded against. Raises VerifierLoadError."""
-    if isinstance(spec_or_host, VerifierHost):
-        verdicts = spec_or_host.check_golds(golds)
-        return [(i, golds[i], v.info.get("reason", v.status)) for i, v in enumerate(verdicts) if v.status in UNUSABLE]
-    with VerifierHost(spec_or_host) as host:
-        return check_golds(host, golds)
 
 
 async def _asynchronously(items: Iterable[Item] | AsyncIterable[Item]) -> AsyncIterator[Item]:

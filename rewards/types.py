@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 Status = Literal["correct", "incorrect", "no_answer", "gold_error", "timeout", "limit", "error"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+UNUSABLE: tuple[Status, ...] = ("gold_error", "timeout", "limit", "error")  # nothing was said about the response
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from deltarl.rewards.host import UNUSABLE
+from deltarl.rewards.types import UNUSABLE
 from deltarl.rl.errors import UserError
 from deltarl.rl.procedural import exercises
 

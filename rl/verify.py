@@ -24,10 +24,10 @@ from tqdm import tqdm
 from deltarl.rewards import STATUSES, Verdict, VerifierHost, VerifierLoadError, VerifierSpec
 from deltarl.rewards.host import Item
 from deltarl.rewards.server import RewardServer
+from deltarl.rewards.types import UNUSABLE
 from deltarl.rl.errors import UserError
 
 PRED_OPTIONS = {"math": {"extraction": "lenient"}}
-UNUSABLE = ("gold_error", "timeout", "limit", "error")
 ROWS_AHEAD = 4096
 CHARS_AHEAD = 64 << 20
 MAX_INTEGER_DIGITS = 4000

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deltarl.rewards import VerifierHost, VerifierLoadError, VerifierSpec, check_golds
+from deltarl.rewards import VerifierHost, VerifierLoadError, VerifierSpec
 
 FAULT_FILE = Path(__file__).with_name("fault_verifier.py")
 FAULT = VerifierSpec(f"{FAULT_FILE}:FaultVerifier")
@@ -104,11 +104,11 @@ def test_a_verifier_that_does_not_load_is_one_line():
 
 
 def test_check_golds_names_the_bad_ones(host):
-    assert check_golds(host, ["1", "odd", "2"]) == [(1, "odd", "an odd gold")]
-    assert check_golds("math", ["1/2", "", "\\frac{1}{", ["?", "3"]]) == [
-        (1, "", "empty"),
-        (2, "\\frac{1}{", "ends too early"),
-    ]
+    found = [(verdict.status, verdict.info.get("reason")) for verdict in host.check_golds(["1", "odd", "2"])]
+    assert found == [("correct", None), ("gold_error", "an odd gold"), ("correct", None)]
+    with VerifierHost("math") as math:
+        found = [verdict.info.get("reason") for verdict in math.check_golds(["1/2", "", "\\frac{1}{", ["?", "3"]])]
+    assert found == [None, "empty", "ends too early", None]
 
 
 def test_bad_sizes_are_named():

@@ -29,7 +29,7 @@ CONFIGS = {
     "decode": Config(block=16, num_warps=4, num_stages=4),
     "decode_few": Config(block=32, num_warps=4, num_stages=1),
     "ranges": Config(block=0, num_warps=4, num_stages=1),
-    "gdn_prepare": Config(block=128, num_warps=8, num_stages=1),
-    "gdn_pair_gradients": Config(block=128, num_warps=4, num_stages=1),
+    "gdn_prepare": Config(block=128, num_warps=4, num_stages=1),
+    "gdn_pair_gradients": Config(block=64, num_warps=4, num_stages=1),
     "gdn_gradients": Config(block=64, num_warps=8, num_stages=1),
 }

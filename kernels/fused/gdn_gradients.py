@@ -105,60 +105,75 @@ def gdn_gradients_kernel(
     valid = place < tl.load(chunk_size + chunk)
     q_unit = token_row(tokens, chunk * H + key_head * SHARED, Q_UNIT, C)
     k_unit = token_row(tokens, chunk * H + key_head * SHARED, K_UNIT, C)
-    b_dq, b_dk = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+    row_stride = H // SHARED * K
+    b_dq = tl.zeros((C, K), tl.float32)
+    for share in range(SHARED):
+        tile = chunk * H + key_head * SHARED + share
+        here = tile * C + place
+        read = tl.zeros((C, K), tl.float32)
+        for value in range(0, V, BV):
+            b_state = tl.trans(tl.load(states + column_offsets(tile, value, K, V, BV)))
+            b_do = load_rows(do + (key_head * SHARED + share) * V + value, first, H * V, valid, C, BV).to(DT)
+            read += tl.dot(b_do, b_state, input_precision=PRECISION)
+        read *= (token_row(tokens, tile, START_DECAY, C) * scale)[:, None]
+        b_q = load_rows(q + key_head * K, first, q_stride, valid, C, K) * q_unit[:, None]
+        tl.store(dlog_part + here, tl.load(dlog_part + here) + tl.sum(read * b_q, 1))
+        b_k = load_rows(k + key_head * K, first, k_stride, valid, C, K) * k_unit[:, None]
+        b_dattend = tl.load(dattend + tile_offsets(tile, C, C))
+        b_factor = tl.load(factor + tile)
+        b_dq += read * b_factor
+        b_dq += tl.dot(b_dattend, b_k.to(DT), input_precision=PRECISION) * b_factor
+    b_q = load_rows(q + key_head * K, first, q_stride, valid, C, K) * q_unit[:, None]
+    store_rows(dq + key_head * K, before_norm(b_dq, b_q, q_unit, L2NORM), first, row_stride, valid, C, K)
+    tl.debug_barrier()  # dlog_part was written by other threads
+
+    b_dk = tl.zeros((C, K), tl.float32)
     for share in range(SHARED):
         head = key_head * SHARED + share
         tile = chunk * H + head
-        read, written = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-        erased, crossing = tl.zeros((C, K), tl.float32), tl.zeros((K,), tl.float32)
+        here = tile * C + place
+        b_factor, b_beta = tl.load(factor + tile), token_row(tokens, tile, BETA, C)
+        erased = tl.zeros((C, K), tl.float32)
+        for value in range(0, V, BV):
+            b_state = tl.trans(tl.load(states + column_offsets(tile, value, K, V, BV)))
+            b_solved = tl.load(solved + column_offsets(tile, value, C, V, BV))
+            erased -= tl.dot(b_solved, b_state, input_precision=PRECISION)
+        erased *= token_row(tokens, tile, START_DECAY, C)[:, None]
+        b_k = load_rows(k + key_head * K, first, k_stride, valid, C, K) * k_unit[:, None]
+        by_beta = tl.sum(erased * b_k, 1)
+        b_dk += erased * (b_beta * b_factor)[:, None]
+        flipped = tile.to(tl.int64) * (C * C) + place[:, None] + place[None, :] * C
+        either = tl.load(derase + tile_offsets(tile, C, C)) + tl.load(derase + flipped)
+        b_dk += tl.dot(either, b_k.to(DT), input_precision=PRECISION) * b_factor
+        b_q = load_rows(q + key_head * K, first, q_stride, valid, C, K) * q_unit[:, None]
+        b_dk += tl.dot(tl.load(dattend + flipped), b_q.to(DT), input_precision=PRECISION) * b_factor
+
+        written, crossing = tl.zeros((C, K), tl.float32), tl.zeros((K,), tl.float32)
         for value in range(0, V, BV):
             corner = column_offsets(tile, value, K, V, BV)
-            b_state, b_dstate = tl.load(states + corner), tl.load(dstates + corner)
-            crossing += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 1)
-            values = column_offsets(tile, value, C, V, BV)
-            written += tl.dot(tl.load(new + values), tl.trans(b_dstate), input_precision=PRECISION)
-            b_state = tl.trans(b_state)
-            b_do = load_rows(do + head * V + value, first, H * V, valid, C, BV).to(DT)
-            read += tl.dot(b_do, b_state, input_precision=PRECISION)
-            erased -= tl.dot(tl.load(solved + values), b_state, input_precision=PRECISION)
-
-        b_factor, b_beta = tl.load(factor + tile), token_row(tokens, tile, BETA, C)
-        start_decay = token_row(tokens, tile, START_DECAY, C)
-        pair = tile.to(tl.int64) * (C * C) + place[:, None] * C + place[None, :]
-        flipped = tile.to(tl.int64) * (C * C) + place[:, None] + place[None, :] * C
-        here = tile * C + place
-        b_q = load_rows(q + key_head * K, first, q_stride, valid, C, K) * q_unit[:, None]
-        b_k = load_rows(k + key_head * K, first, k_stride, valid, C, K) * k_unit[:, None]
-        read *= (start_decay * scale)[:, None]
-        dlog = tl.load(dlog_part + here) + tl.sum(read * b_q, 1)
-        b_dq += tl.dot(tl.load(dattend + pair), b_k.to(DT), read, input_precision=PRECISION) * b_factor
-        erased *= start_decay[:, None]
-        by_beta = tl.sum(erased * b_k, 1)
-        dlog += b_beta * by_beta
-        b_dbeta = tl.load(dbeta_part + here) + by_beta
+            b_dstate = tl.load(dstates + corner)
+            crossing += tl.sum(tl.load(states + corner).to(tl.float32) * b_dstate.to(tl.float32), 1)
+            b_new = tl.load(new + column_offsets(tile, value, C, V, BV))
+            written += tl.dot(b_new, tl.trans(b_dstate), input_precision=PRECISION)
         written *= token_row(tokens, tile, END_DECAY, C)[:, None]
+        b_k = load_rows(k + key_head * K, first, k_stride, valid, C, K) * k_unit[:, None]
         kept = tl.sum(written * b_k, 1)
-        written += erased * b_beta[:, None]
-        written = tl.dot(tl.load(dattend + flipped), b_q.to(DT), written, input_precision=PRECISION)
-        either = tl.load(derase + pair) + tl.load(derase + flipped)
-        b_dk += tl.dot(either, b_k.to(DT), written, input_precision=PRECISION) * b_factor
+        b_dk += written * b_factor
 
         b_g, slope, raw = head_log_decays(g, A_log, dt_bias, first, g_stride, head, valid, bound, C, RAW, BIAS, BOUNDED)
+        dlog = tl.load(dlog_part + here) + b_beta * by_beta
         b_dg = tl.sum(tl.where(before(C), kept[None, :], dlog[None, :]), 1)
         b_dg = (b_dg + tl.sum(crossing, 0) * tl.exp(tl.sum(b_g, 0))) * b_factor
-        b_dbeta *= b_factor
-        here = (first + place).to(tl.int64) * H + head
+        b_dbeta = (tl.load(dbeta_part + here) + by_beta) * b_factor
+        row = (first + place).to(tl.int64) * H + head
         if RAW:
             by_rate = b_dg * slope * raw if BOUNDED else tl.where(slope == 0.0, 0.0, b_dg * b_g)
             tl.store(dA_log + tile, tl.sum(by_rate, 0))
             if BIAS:
                 tl.store(ddt_bias + tile, tl.sum(b_dg * slope, 0))
             b_dbeta *= b_beta * (1.0 - b_beta)
-        tl.store(dg + here, (b_dg * slope).to(dg.dtype.element_ty), mask=valid)
-        tl.store(dbeta + here, b_dbeta.to(dbeta.dtype.element_ty), mask=valid)
-    row_stride = H // SHARED * K
-    b_q = load_rows(q + key_head * K, first, q_stride, valid, C, K) * q_unit[:, None]
-    store_rows(dq + key_head * K, before_norm(b_dq, b_q, q_unit, L2NORM), first, row_stride, valid, C, K)
+        tl.store(dg + row, (b_dg * slope).to(dg.dtype.element_ty), mask=valid)
+        tl.store(dbeta + row, b_dbeta.to(dbeta.dtype.element_ty), mask=valid)
     b_k = load_rows(k + key_head * K, first, k_stride, valid, C, K) * k_unit[:, None]
     store_rows(dk + key_head * K, before_norm(b_dk, b_k, k_unit, L2NORM), first, row_stride, valid, C, K)
 

@@ -2,6 +2,8 @@
 
 from deltarl.kernels.dispatch import (
     causal_conv1d,
+    causal_conv1d_decode_,
+    gated_rms_norm,
     gdn_chunk,
     gdn_decode_,
     gdn_recurrent,
@@ -13,7 +15,9 @@ from deltarl.kernels.reference import dplr_reference, kda_reference
 
 __all__ = [
     "causal_conv1d",
+    "causal_conv1d_decode_",
     "dplr_reference",
+    "gated_rms_norm",
     "gdn_chunk",
     "gdn_decode_",
     "gdn_recurrent",

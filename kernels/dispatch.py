@@ -12,7 +12,7 @@ from functools import wraps
 
 import torch
 
-from deltarl.kernels import chunk, conv, gdn, recurrent
+from deltarl.kernels import chunk, conv, gated_norm, gdn, recurrent
 
 TORCH: Mapping[str, Callable] = {
     "kda_chunk": chunk.kda_chunk,
@@ -22,6 +22,8 @@ TORCH: Mapping[str, Callable] = {
     "gdn_recurrent": gdn.gdn_recurrent,
     "gdn_decode_": gdn.gdn_decode_,
     "causal_conv1d": conv.causal_conv1d,
+    "causal_conv1d_decode_": conv.causal_conv1d_decode_,
+    "gated_rms_norm": gated_norm.gated_rms_norm,
 }
 
 
@@ -35,6 +37,7 @@ def _by_device() -> Mapping[str, Mapping[str, Callable]]:
     from deltarl.kernels.fused import operators
 
     names = ("kda_chunk", "kda_decode_", "gdn_chunk", "gdn_decode_")
+    names += ("causal_conv1d", "causal_conv1d_decode_", "gated_rms_norm")
     return {"cuda": {name: getattr(operators, name) for name in names}}
 
 
@@ -58,3 +61,5 @@ gdn_chunk = _dispatched("gdn_chunk")
 gdn_recurrent = _dispatched("gdn_recurrent")
 gdn_decode_ = _dispatched("gdn_decode_")
 causal_conv1d = _dispatched("causal_conv1d")
+causal_conv1d_decode_ = _dispatched("causal_conv1d_decode_")
+gated_rms_norm = _dispatched("gated_rms_norm")

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
-from deltarl.kernels import causal_conv1d, kda_chunk, kda_recurrent
+from deltarl.kernels import causal_conv1d, gated_rms_norm, kda_chunk, kda_recurrent
 from deltarl.model.config import KDA, HybridConfig
 
 FP32_ALWAYS = ("A_log", "dt_bias")
@@ -100,7 +100,8 @@ class KimiDeltaAttention(kimi.KimiLinearDeltaAttention):
         if cache_params is not None:
             cache_params.update_recurrent_state(state, self.layer_idx)
         gate = self.g_b_proj(self.g_a_proj(hidden_states)).view_as(o)
-        return self.o_proj(self.o_norm(o, gate).flatten(-2))
+        o = gated_rms_norm(o, gate, self.o_norm.weight, eps=self.o_norm.variance_epsilon)
+        return self.o_proj(o.flatten(-2))
 
 
 class LatentAttention(kimi.KimiLinearAttention):

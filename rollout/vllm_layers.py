@@ -19,7 +19,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from deltarl.kernels import causal_conv1d, kda_chunk, kda_decode_
+from deltarl.kernels import causal_conv1d, causal_conv1d_decode_, gated_rms_norm, kda_chunk, kda_decode_
 
 
 def parameter(data: torch.Tensor) -> nn.Parameter:
@@ -144,8 +144,8 @@ class KimiDeltaAttention(nn.Module):
         if metadata is None:  # vLLM's profiling run has no cache
             return torch.zeros_like(x)
         out = self.attend(metadata[self.states.prefix], qkv, decay, beta)
-        out = self.o_norm(out).view(-1, self.size) * gate.sigmoid()
-        return self.o_proj(out)
+        out = gated_rms_norm(out, gate.view_as(out), self.o_norm.weight, eps=self.o_norm.eps)
+        return self.o_proj(out.flatten(-2))
 
     def attend(
         self, metadata: GDNAttentionMetadata, qkv: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
@@ -178,11 +178,7 @@ class KimiDeltaAttention(nn.Module):
 
     def decode(self, qkv: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         conv_cache, state_cache = self.states.of_layer(self.index)
-        y, conv = causal_conv1d(
-            qkv.unsqueeze(1), self.conv_weight, initial_state=conv_cache[slots], output_final_state=True
-        )
-        conv_cache[slots] = conv
-        q, k, v = self.heads(y.squeeze(1))
+        q, k, v = self.heads(causal_conv1d_decode_(qkv, self.conv_weight, conv_cache, slots))
         return kda_decode_(
             q,
             k,

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 
 from deltarl.kernels.chunk import kda_chunk as kda_chunk_torch
+from deltarl.kernels.conv import causal_conv1d as causal_conv1d_torch
+from deltarl.kernels.conv import causal_conv1d_decode_ as causal_conv1d_decode_torch
 from deltarl.kernels.fused.chunk import kda_chunk as kda_chunk_triton
+from deltarl.kernels.fused.conv import causal_conv1d as causal_conv1d_triton
+from deltarl.kernels.fused.conv_decode import causal_conv1d_decode_ as causal_conv1d_decode_triton
 from deltarl.kernels.fused.decode import kda_decode_ as kda_decode_triton
+from deltarl.kernels.fused.gated_norm import gated_rms_norm as gated_rms_norm_triton
 from deltarl.kernels.fused.gdn import gdn_chunk as gdn_chunk_triton
+from deltarl.kernels.gated_norm import gated_rms_norm as gated_rms_norm_torch
 from deltarl.kernels.gdn import gdn_chunk as gdn_chunk_torch
 from deltarl.kernels.recurrent import kda_decode_ as kda_decode_torch
 
 WIDTH = 128
+SHORT = (torch.bfloat16, torch.float16, torch.float32)
+CONV_WIDTHS = (2, 3, 4)
 
 
 def kda_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -68,3 +76,21 @@ def gdn_decode_(
 ) -> Tensor:
     """See `deltarl.kernels.gdn_decode_`: `kda_decode_` with one decay a head."""
     return kda_decode_(q, k, v, g.unsqueeze(-1), beta, state, slots, **options)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """See `deltarl.kernels.causal_conv1d`. Triton's: x of 16 or 32 bits, W of 2, 3 and 4."""
+    taken = x.dtype in SHORT and weight.shape[-1] in CONV_WIDTHS
+    return (causal_conv1d_triton if taken else causal_conv1d_torch)(x, weight, **options)
+
+
+def causal_conv1d_decode_(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor, **options: Any) -> Tensor:
+    """See `deltarl.kernels.causal_conv1d_decode_`. Triton's: x and states of 16 or 32 bits, W of 2, 3 and 4."""
+    taken = x.dtype in SHORT and state.dtype in SHORT and weight.shape[-1] in CONV_WIDTHS
+    return (causal_conv1d_decode_triton if taken else causal_conv1d_decode_torch)(x, weight, state, slots, **options)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    """See `deltarl.kernels.gated_rms_norm`. Triton's: x and gate of 16 or 32 bits, rows of up to 1024 numbers."""
+    taken = x.dtype in SHORT and gate.dtype in SHORT and 0 < weight.numel() <= 1024
+    return (gated_rms_norm_triton if taken else gated_rms_norm_torch)(x, gate, weight, **options)

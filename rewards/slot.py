@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import signal
@@ -85,6 +86,8 @@ class Worker:
         try:
             score, status, extracted, info, took, exhausted = decode(message)
             verdict = Verdict(score, status, extracted, info)
+            if not 0 <= took < math.inf:
+                raise ValueError(f"took {took} s")
         except (ValueError, TypeError, RecursionError) as error:
             raise ConnectionError("the worker sent something that is no verdict") from error
         self.answered += 1

@@ -23,10 +23,11 @@ class LatencyHistogram:
         self.longest = 0.0
 
     def add(self, seconds: float) -> None:
-        place = math.log10(max(seconds, SHORTEST) / SHORTEST) * PER_DECADE
-        self.counts[min(int(place), BUCKETS - 1)] += 1
+        bucket = int(math.log10(seconds / SHORTEST) * PER_DECADE) if seconds > SHORTEST else 0
+        self.counts[bucket if bucket < BUCKETS else -1] += 1
         self.total += 1
-        self.longest = max(self.longest, seconds)
+        if seconds > self.longest:
+            self.longest = seconds
 
     def percentile(self, share: float) -> float:
         """Seconds that `share` (0 to 1) of the durations stay within: the edge above the nearest rank, at most the

@@ -80,12 +80,12 @@ def sockets(_):
     return Verdict(1.0, "correct", info={"sockets": [link for link in links if link.startswith("socket:")]})
 
 
-def garbage(_):
+def garbage(text):
     """Writes what is no verdict into the channel."""
     for file in range(3, 64):
         try:
             if stat.S_ISSOCK(os.fstat(file).st_mode):
-                os.write(file, bytes(7) + b"\x05junk!")
+                os.write(file, len(text).to_bytes(8, "big") + text.encode())
         except OSError:
             continue
     time.sleep(60)

@@ -37,7 +37,9 @@ def test_verdicts_come_in_order_with_meta_and_progress(host):
         ("segfault", "error", "SIGSEGV"),
         ("memory", "limit", "memory"),
         ("nothing", "error", "returned a NoneType, not a Verdict"),
-        ("garbage", "error", "died 3 times"),
+        ("garbage junk!", "error", "died 3 times"),
+        ('garbage [1.0, "correct", null, {}, NaN, false]', "error", "died 3 times"),
+        ('garbage [1.0, "correct", null, {}, 0.1, false] []', "error", "died 3 times"),
         ("long 9000000", "error", "a verdict of 90000"),
     ],
 )

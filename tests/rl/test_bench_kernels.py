@@ -89,6 +89,7 @@ def test_names_are_patterns():
         partial(cases.attention, "kda_chunk", cases.Shape(heads=2, width=32, lengths=(5, 40, 3))),
         partial(cases.attention, "gdn_chunk", cases.Shape(**SMALL)),
         partial(cases.convolution, 33, 16),
+        partial(cases.gated_norm, 9, 2),
     ],
 )
 def test_two_implementations_get_the_same_inputs(build):

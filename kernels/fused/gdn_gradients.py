@@ -90,14 +90,15 @@ def before_norm(dx, x, x_unit, L2NORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["H", "g_stride"])
 def gdn_gradients_kernel(
-    q, k, g, A_log, dt_bias, do, factor, tokens, states, dstates, new, solved, dattend, derase, dbeta_part, dlog_part,
-    chunk_row, chunk_size, dq, dk, dg, dbeta, dA_log, ddt_bias, q_stride, k_stride, g_stride, scale, bound,
+    q, k, g, A_log, dt_bias, do, factor, tokens, states, dstates, new, solved, dattend, derase,
+    dbeta_part, dlog_part, dlog_read, chunk_row, chunk_size, dq, dk, dg, dbeta, dA_log, ddt_bias,
+    q_stride, k_stride, g_stride, scale, bound,
     H, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr,
     BIAS: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program for one head of q and k of one chunk, which goes through its SHARED heads of v. Gradients are
     contiguous [rows, heads, ...]; those of A_log and dt_bias [chunks, H] are this chunk's share. All are multiplied by
-    `factor` [chunks, H]."""
+    `factor` [chunks, H]; `dlog_read` [chunks, H, C] is room for what the q of a head give to G'."""
     key_head, chunk = tl.program_id(0), tl.program_id(1)
     DT: tl.constexpr = new.dtype.element_ty
     first = tl.load(chunk_row + chunk)
@@ -109,7 +110,6 @@ def gdn_gradients_kernel(
     b_dq = tl.zeros((C, K), tl.float32)
     for share in range(SHARED):
         tile = chunk * H + key_head * SHARED + share
-        here = tile * C + place
         read = tl.zeros((C, K), tl.float32)
         for value in range(0, V, BV):
             b_state = tl.trans(tl.load(states + column_offsets(tile, value, K, V, BV)))
@@ -117,7 +117,7 @@ def gdn_gradients_kernel(
             read += tl.dot(b_do, b_state, input_precision=PRECISION)
         read *= (token_row(tokens, tile, START_DECAY, C) * scale)[:, None]
         b_q = load_rows(q + key_head * K, first, q_stride, valid, C, K) * q_unit[:, None]
-        tl.store(dlog_part + here, tl.load(dlog_part + here) + tl.sum(read * b_q, 1))
+        tl.store(dlog_read + tile * C + place, tl.sum(read * b_q, 1))
         b_k = load_rows(k + key_head * K, first, k_stride, valid, C, K) * k_unit[:, None]
         b_dattend = tl.load(dattend + tile_offsets(tile, C, C))
         b_factor = tl.load(factor + tile)
@@ -125,7 +125,7 @@ def gdn_gradients_kernel(
         b_dq += tl.dot(b_dattend, b_k.to(DT), input_precision=PRECISION) * b_factor
     b_q = load_rows(q + key_head * K, first, q_stride, valid, C, K) * q_unit[:, None]
     store_rows(dq + key_head * K, before_norm(b_dq, b_q, q_unit, L2NORM), first, row_stride, valid, C, K)
-    tl.debug_barrier()  # dlog_part was written by other threads
+    tl.debug_barrier()  # dlog_read was written by other threads
 
     b_dk = tl.zeros((C, K), tl.float32)
     for share in range(SHARED):
@@ -161,7 +161,7 @@ def gdn_gradients_kernel(
         b_dk += written * b_factor
 
         b_g, slope, raw = head_log_decays(g, A_log, dt_bias, first, g_stride, head, valid, bound, C, RAW, BIAS, BOUNDED)
-        dlog = tl.load(dlog_part + here) + b_beta * by_beta
+        dlog = tl.load(dlog_part + here) + tl.load(dlog_read + here) + b_beta * by_beta
         b_dg = tl.sum(tl.where(before(C), kept[None, :], dlog[None, :]), 1)
         b_dg = (b_dg + tl.sum(crossing, 0) * tl.exp(tl.sum(b_g, 0))) * b_factor
         b_dbeta = (tl.load(dbeta_part + here) + by_beta) * b_factor
@@ -185,7 +185,7 @@ def gdn_gradients(
     dq, dk, dv, dg, dbeta = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v, x.g, x.beta))
     dA_log, ddt_bias = (None if t is None else x.tiles(dtype=torch.float32) for t in (x.A_log, x.dt_bias))
     dattend, derase = x.tiles(CHUNK, CHUNK), x.tiles(CHUNK, CHUNK)
-    dbeta_part, dlog_part = x.tiles(CHUNK, dtype=torch.float32), x.tiles(CHUNK, dtype=torch.float32)
+    dbeta_part, dlog_part, dlog_read = (x.tiles(CHUNK, dtype=torch.float32) for _ in range(3))
     chunks = x.options.chunks
     q_stride, k_stride, v_stride, g_stride, _ = x.strides()
     config = CONFIGS["gdn_pair_gradients"]
@@ -197,7 +197,7 @@ def gdn_gradients(
     config = CONFIGS["gdn_gradients"]
     gdn_gradients_kernel[(x.heads // x.shared, chunks.count)](
         x.q, x.k, x.g, x.A_log, x.dt_bias, out.do, out.by_chunk, tiles.tokens, states, dstates, tiles.u, dnew,
-        dattend, derase, dbeta_part, dlog_part, chunks.row, chunks.size, dq, dk, dg, dbeta, dA_log, ddt_bias,
+        dattend, derase, dbeta_part, dlog_part, dlog_read, chunks.row, chunks.size, dq, dk, dg, dbeta, dA_log, ddt_bias,
         q_stride, k_stride, g_stride, x.options.scale, x.options.bound,
         **x.sizes(), SHARED=x.shared, BV=min(config.block, x.value), **x.switches(), PRECISION=x.precision(),
         **config.launch(),

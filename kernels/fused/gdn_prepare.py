@@ -131,8 +131,8 @@ def gdn_prepare_kernel(
     b_q = raw_rows(q + head // SHARED * K, first, q_stride, valid, C, K)
     keep_token_row(tokens, tile, unit_scales(b_q, C, L2NORM), Q_UNIT, C)
     tl.debug_barrier()  # rows of `tokens` are read by other threads than wrote them
-    later = tl.load(tokens + (tile * TOKEN_ROWS + LOG_DECAY) * C + place + 1, mask=place < C - 1, other=0.0)
-    keep_token_row(tokens, tile, tl.exp(tl.cumsum(later, 0, reverse=True)), END_DECAY, C)
+    from_end = tl.load(tokens + (tile * TOKEN_ROWS + LOG_DECAY + 1) * C - place, mask=place > 0, other=0.0)
+    tl.store(tokens + (tile * TOKEN_ROWS + END_DECAY + 1) * C - 1 - place, tl.exp(tl.cumsum(from_end, 0)))
     tl.debug_barrier()
 
     q_unit, k_unit = token_row(tokens, tile, Q_UNIT, C) * scale, token_row(tokens, tile, K_UNIT, C)

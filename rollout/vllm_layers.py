@@ -139,18 +139,22 @@ class KimiDeltaAttention(nn.Module):
         """x [tokens, hidden] -> [tokens, hidden], the batch's sequences one after another."""
         qkv, f, gate, beta = self.in_proj(x)
         decay = self.f_b_proj(f)
-        gate = self.g_b_proj(gate)
+        gate = self.g_b_proj(gate).view(-1, self.num_heads, self.head_dim)
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM's profiling run has no cache
             return torch.zeros_like(x)
-        out = self.attend(metadata[self.states.prefix], qkv, decay, beta)
-        out = gated_rms_norm(out, gate.view_as(out), self.o_norm.weight, eps=self.o_norm.eps)
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(self.attend(metadata[self.states.prefix], qkv, decay, beta, gate).flatten(-2))
 
     def attend(
-        self, metadata: GDNAttentionMetadata, qkv: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
+        self,
+        metadata: GDNAttentionMetadata,
+        qkv: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        gate: torch.Tensor,
     ) -> torch.Tensor:
-        """qkv [tokens, 3·H·D] before the convolution, decay [tokens, H·D] and beta [tokens, H] raw -> [tokens, H, D].
+        """qkv [tokens, 3·H·D] before the convolution, decay [tokens, H·D], beta [tokens, H] and the output's gate
+        [tokens, H, D] raw -> [tokens, H, D], normed and gated.
 
         vLLM orders a batch: sequences that advance by one token first, then those that read (a part of) a prompt.
         """
@@ -158,7 +162,8 @@ class KimiDeltaAttention(nn.Module):
         decodes, prefills = metadata.num_decodes, metadata.num_prefills
         parts = []
         if decodes:
-            parts.append(self.decode(qkv[:decodes], decay[:decodes], beta[:decodes], slots[:decodes]))
+            rows = slice(decodes)
+            parts.append(self.decode(qkv[rows], decay[rows], beta[rows], gate[rows], slots[rows]))
         if prefills:
             rows = slice(decodes, metadata.num_actual_tokens)
             parts.append(
@@ -166,6 +171,7 @@ class KimiDeltaAttention(nn.Module):
                     qkv[rows],
                     decay[rows],
                     beta[rows],
+                    gate[rows],
                     slots[decodes : decodes + prefills],
                     metadata.non_spec_query_start_loc[decodes : decodes + prefills + 1] - decodes,
                     metadata.has_initial_state[decodes : decodes + prefills],
@@ -176,7 +182,9 @@ class KimiDeltaAttention(nn.Module):
     def heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return qkv.view(*qkv.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
 
-    def decode(self, qkv: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, qkv: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, gate: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
         conv_cache, state_cache = self.states.of_layer(self.index)
         q, k, v = self.heads(causal_conv1d_decode_(qkv, self.conv_weight, conv_cache, slots))
         return kda_decode_(
@@ -190,6 +198,9 @@ class KimiDeltaAttention(nn.Module):
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             gate_lower_bound=self.gate_lower_bound,
+            norm_weight=self.o_norm.weight,
+            norm_gate=gate,
+            norm_eps=self.o_norm.eps,
         )
 
     def prefill(
@@ -197,6 +208,7 @@ class KimiDeltaAttention(nn.Module):
         qkv: torch.Tensor,
         decay: torch.Tensor,
         beta: torch.Tensor,
+        gate: torch.Tensor,
         slots: torch.Tensor,
         cu_seqlens: torch.Tensor,
         has_state: torch.Tensor,
@@ -225,7 +237,7 @@ class KimiDeltaAttention(nn.Module):
             cu_seqlens=cu_seqlens,
         )
         state_cache[slots] = state
-        return out.squeeze(0)
+        return gated_rms_norm(out.squeeze(0), gate, self.o_norm.weight, eps=self.o_norm.eps)
 
 
 class LatentAttention(nn.Module):

@@ -86,3 +86,4 @@ class Tiles:
     decay: Tensor
     inverse: Tensor | None
     erase: Tensor | None = None
+    factors: Tensor | None = None

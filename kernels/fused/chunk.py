@@ -1,17 +1,20 @@
-"""`kda_chunk` for NVIDIA GPUs: three kernels forward (two of which backward runs again) and two backward.
+"""`kda_chunk` for NVIDIA GPUs: `prepare` works on all chunks at once, `scan` passes the state from one to the next.
 
-Forward keeps nothing but its inputs; backward makes the states of the chunks anew. bf16 and fp16 are computed with bf16
-products summed in fp32; the states between the chunks are fp32.
+Forward keeps its inputs and o; backward makes the rest anew, passes the gradient of the state back from chunk to chunk
+and finds all other gradients for all chunks at once. Products of 16-bit inputs have fp16 factors, gradients
+among them brought into its range, and are summed in fp32; the states between the chunks are fp32.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltarl.kernels.fused.call import Inputs, Options, Tiles
 from deltarl.kernels.fused.chunks import CHUNK, chunks_of, spans
 from deltarl.kernels.fused.configs import CONFIGS
 from deltarl.kernels.fused.gradients import gradients_kernel, value_gradients_kernel
-from deltarl.kernels.fused.prepare import prepare_kernel
+from deltarl.kernels.fused.prepare import prepare_kernel, solve_kernel
+from deltarl.kernels.fused.ranges import Scaled, into_range
 from deltarl.kernels.fused.scan import scan, scan_backward
 from deltarl.kernels.inputs import check_arguments, sequence_lengths
 
@@ -32,34 +35,44 @@ def kda_chunk(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Same arguments, shapes and errors as `deltarl.kernels.chunk.kda_chunk`; K and V are 32, 64 or 128, T > 0."""
+    """Same arguments, shapes and errors as `deltarl.kernels.chunk.kda_chunk`; K and V are at most 128, T > 0."""
     check_arguments(q, k, v, g, beta, A_log, dt_bias, gate_lower_bound)
-    q, k, g, dt_bias = one_per_value_head(q, k, v, g, dt_bias)
-    batch, tokens = q.shape[:2]
+    g, dt_bias = decay_per_channel(q, g, dt_bias)
+    batch, tokens, _, key = q.shape
+    heads, value = v.shape[2:]
     lengths = [tokens] * batch if cu_seqlens is None else sequence_lengths(cu_seqlens, batch, tokens)
-    expected = (len(lengths), *q.shape[2:], v.shape[3])
+    expected = (len(lengths), heads, key, value)
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state must be {expected}, got {tuple(initial_state.shape)}")
     options = Options(
         chunks_of(tuple(lengths), q.device),
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        key**-0.5 if scale is None else scale,
         gate_lower_bound,
         use_qk_l2norm,
         output_final_state,
     )
-    return ChunkAttention.apply(q, k, v, g, beta, A_log, dt_bias, initial_state, options)
+    q, k, g, v = (widened(x, 0) for x in (q, k, g, v))
+    if dt_bias is not None:
+        dt_bias = widened(dt_bias.view(heads, key), 0).flatten()
+    if initial_state is not None:
+        initial_state = widened(widened(initial_state, 0), 1)
+    o, state = ChunkAttention.apply(q, k, v, g, beta, A_log, dt_bias, initial_state, options)
+    return o[..., :value], None if state is None else state[..., :key, :value]
 
 
-def one_per_value_head(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, dt_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q and k repeated for the value heads that share a key head, a decay per head spread over its channels."""
-    if v.shape[2] > q.shape[2]:
-        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-    if g.shape[3] < q.shape[3]:
-        g = g.expand(q.shape)
-        dt_bias = None if dt_bias is None else dt_bias.repeat_interleave(q.shape[3])
-    return q, k, g, dt_bias
+def widened(x: Tensor, place: int) -> Tensor:
+    """x with the dimension that is `place` from its last filled up with zeros to 64 or 128, the widths of the kernels:
+    products of narrower tiles are not to be trusted (docs/kernels-notes.md)."""
+    size = x.shape[-1 - place]
+    missing = (64 if size <= 64 else 128) - size
+    return F.pad(x, (0, 0) * place + (0, missing)) if missing else x
+
+
+def decay_per_channel(q: Tensor, g: Tensor, dt_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """g and dt_bias with a decay per head spread over its channels."""
+    if g.shape[3] == q.shape[3]:
+        return g, dt_bias
+    return g.expand(*g.shape[:3], q.shape[3]), None if dt_bias is None else dt_bias.repeat_interleave(q.shape[3])
 
 
 class ChunkAttention(torch.autograd.Function):
@@ -67,34 +80,37 @@ class ChunkAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, g, beta, A_log, dt_bias, initial, options: Options) -> tuple[Tensor, Tensor | None]:
         q, k, v, g, beta = (packed_rows(x) for x in (q, k, v, g, beta))
         initial = None if initial is None else initial.contiguous()
-        ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial)
-        ctx.options = options
-        inputs = Inputs(q, k, v, g, beta, A_log, dt_bias, options, product_dtype(q, torch.float16))
-        tiles = prepare(inputs, keep_inverse=False)
+        inputs = Inputs(q, k, v, g, beta, A_log, dt_bias, options, product_dtype(q))
+        tiles = prepare(inputs, for_backward=False)
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         final = None
         if options.keep_final:
             final = torch.empty(inputs.state_shape(), dtype=torch.float32, device=v.device)
         ctx.passage = scan(inputs, tiles, initial, final=final, o=o)
+        ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial, o)
+        ctx.options = options
         return o, final
 
     @staticmethod
     def backward(ctx, do: Tensor, dfinal: Tensor | None):
-        *tensors, initial = ctx.saved_tensors
-        inputs = Inputs(*tensors, ctx.options, product_dtype(tensors[0], torch.bfloat16))
-        tiles = prepare(inputs, keep_inverse=True)
+        *tensors, initial, o = ctx.saved_tensors
+        inputs = Inputs(*tensors, ctx.options, product_dtype(tensors[0]))
+        tiles = prepare(inputs, for_backward=True)
         states = inputs.tiles(inputs.key, inputs.value)
         passage = scan(inputs, tiles, initial, states=states, passage=ctx.passage)
         dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
-        dfinal = dfinal.contiguous() if ctx.options.keep_final else None
-        do = do.contiguous()
-        dstates, dnew = scan_backward(inputs, tiles, do, dfinal, dinitial, passage)
-        gradients = all_gradients(inputs, tiles, do, states, dstates, dnew)
-        return *gradients, None if initial is None else dinitial.to(initial.dtype), None
+        out = into_range(inputs, do.contiguous(), dfinal.contiguous() if ctx.options.keep_final else None)
+        dstates, dnew = scan_backward(inputs, tiles, out.do, out.dfinal, dinitial, passage)
+        kept = tiles.erase, tiles.inverse, tiles.factors, tiles.decay, o, out, states, dstates, tiles.u, dnew
+        del tiles  # the gradients need none of the others' memory
+        gradients = all_gradients(inputs, *kept)
+        if initial is not None:
+            dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)
+        return *gradients, dinitial, None
 
 
-def product_dtype(q: Tensor, low_precision: torch.dtype) -> torch.dtype:
-    return torch.float32 if q.dtype == torch.float32 else low_precision
+def product_dtype(q: Tensor) -> torch.dtype:
+    return torch.float32 if q.dtype == torch.float32 else torch.float16
 
 
 def packed_rows(x: Tensor) -> Tensor:
@@ -107,7 +123,7 @@ def packed_rows(x: Tensor) -> Tensor:
     return x if x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
 
 
-def prepare(x: Inputs, keep_inverse: bool) -> Tiles:
+def prepare(x: Inputs, for_backward: bool) -> Tiles:
     tiles = Tiles(
         w=x.tiles(CHUNK, x.key),
         u=x.tiles(CHUNK, x.value),
@@ -115,44 +131,73 @@ def prepare(x: Inputs, keep_inverse: bool) -> Tiles:
         writer=x.tiles(CHUNK, x.key),
         attend=x.tiles(CHUNK, CHUNK),
         decay=x.tiles(x.key, dtype=torch.float32),
-        inverse=x.tiles(CHUNK, CHUNK) if keep_inverse else None,
+        erase=x.tiles(CHUNK, CHUNK),
+        inverse=x.tiles(CHUNK, CHUNK) if for_backward else None,
+        factors=x.tiles(2, CHUNK, dtype=torch.float32) if for_backward else None,
     )
-    chunks, config = x.options.chunks, CONFIGS["prepare"]
+    chunks, switches = x.options.chunks, x.switches()
+    q_stride, k_stride, v_stride, g_stride, beta_stride = x.strides()
     prepare_kernel[(x.heads, chunks.count)](
-        x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, chunks.row, chunks.size, spans(x.q.device),
-        tiles.w, tiles.u, tiles.reader, tiles.writer, tiles.attend, tiles.inverse, tiles.decay,
-        *x.strides(), x.options.scale, x.options.bound,
-        **x.sizes(), BK=min(config.block, x.key), **x.switches(), KEEP_INVERSE=keep_inverse, PRECISION=x.precision(),
-        **config.launch(),
+        x.q, x.k, x.g, x.A_log, x.dt_bias, chunks.row, chunks.size, spans(x.q.device),
+        tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.erase, tiles.factors, tiles.decay,
+        q_stride, k_stride, g_stride, x.options.scale, x.options.bound,
+        H=x.heads, SHARED=x.shared, K=x.key, C=CHUNK, **switches, KEEP_FACTORS=for_backward, PRECISION=x.precision(),
+        **CONFIGS["prepare"].launch(),
+    )  # fmt: skip
+    config = CONFIGS["solve"]
+    solve_kernel[(x.heads, chunks.count)](
+        x.v, x.beta, chunks.row, chunks.size, tiles.erase, tiles.w, tiles.u, tiles.inverse, v_stride, beta_stride,
+        **x.sizes(), BD=min(config.block, x.key, x.value), RAW=switches["RAW"], KEEP_INVERSE=for_backward,
+        PRECISION=x.precision(), **config.launch(),
     )  # fmt: skip
     return tiles
 
 
-def all_gradients(x: Inputs, tiles: Tiles, do: Tensor, states: Tensor, dstates: Tensor, dnew: Tensor):
+def all_gradients(
+    x: Inputs,
+    erase: Tensor | None,
+    inverse: Tensor,
+    factors: Tensor,
+    decay: Tensor,
+    o: Tensor,
+    out: Scaled,
+    states: Tensor,
+    dstates: Tensor,
+    new: Tensor,
+    dnew: Tensor,
+) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, g, beta, A_log and dt_bias (None where there is no such input)."""
-    dq, dk, dv, dg, dbeta = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v, x.g, x.beta))
-    dA_log = None if x.A_log is None else x.tiles(dtype=torch.float32)
+    dv, dg = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.v, x.g))
+    dq, dk = (torch.empty(x.g.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k))
+    width = min(CONFIGS["gradients"].block, x.key)
+    blocks = x.key // width
+    dbeta = x.v.new_empty(1 if x.A_log is not None else 1 + blocks, *x.beta.shape, dtype=torch.float32)
+    dA_log = None if x.A_log is None else x.tiles(blocks, dtype=torch.float32)
     ddt_bias = None if x.dt_bias is None else x.tiles(x.key, dtype=torch.float32)
-    dattend, derase = x.tiles(CHUNK, CHUNK), x.tiles(CHUNK, CHUNK)
-    dbeta_by_v = x.tiles(CHUNK, dtype=torch.float32)
-    chunks, width = x.options.chunks, min(64, x.value)
-    sizes, switches = x.sizes(), x.switches()
+    pairs, unit = x.tiles(3, CHUNK, CHUNK), x.tiles(dtype=torch.float32)
+    along = x.tiles(2, CHUNK, dtype=torch.float32)
+    chunks, switches = x.options.chunks, x.switches()
     q_stride, k_stride, v_stride, g_stride, beta_stride = x.strides()
     config = CONFIGS["value_gradients"]
     value_gradients_kernel[(x.heads, chunks.count)](
-        x.v, x.beta, do, tiles.inverse, tiles.u, dnew, dattend, derase, chunks.row, chunks.size, dv, dbeta_by_v,
-        v_stride, beta_stride, H=x.heads, V=x.value, C=CHUNK, BV=min(config.block, x.value), RAW=switches["RAW"],
-        PRECISION=x.precision(), **config.launch(),
+        x.v, x.beta, o, out.do, out.by_chunk, erase, inverse, new, dnew, pairs, unit, along,
+        chunks.row, chunks.size, dv, dbeta, v_stride, beta_stride,
+        H=x.heads, V=x.value, C=CHUNK, BV=min(config.block, x.value), RAW=switches["RAW"], PRECISION=x.precision(),
+        **config.launch(),
     )  # fmt: skip
     config = CONFIGS["gradients"]
-    gradients_kernel[(x.heads, chunks.count)](
-        x.q, x.k, x.g, x.beta, x.A_log, x.dt_bias, do, states, dstates, tiles.u, dnew, dattend, derase, dbeta_by_v,
-        chunks.row, chunks.size, spans(x.q.device), dq, dk, dg, dbeta, dA_log, ddt_bias,
-        q_stride, k_stride, g_stride, beta_stride, x.options.scale, x.options.bound,
-        **sizes, BK=min(config.block, x.key), BV=width, **switches, PRECISION=x.precision(), **config.launch(),
+    gradients_kernel[(x.heads * blocks, chunks.count)](
+        x.q, x.k, x.g, x.beta, x.A_log, x.dt_bias, out.do, out.by_chunk, states, dstates, new, dnew, pairs, unit,
+        factors, along, decay, chunks.row, chunks.size, spans(x.q.device), dq, dk, dg, dbeta, dA_log, ddt_bias,
+        q_stride, k_stride, g_stride, beta_stride, x.options.scale, x.options.bound, x.beta[..., 0].numel(),
+        **x.sizes(), SHARED=x.shared, BK=width, BV=min(64, x.value), **switches, PRECISION=x.precision(),
+        **config.launch(),
     )  # fmt: skip
+    dbeta = dbeta.sum(0).to(x.beta.dtype)
+    if x.shared > 1:
+        dq, dk = (t.unflatten(2, (-1, x.shared)).sum(3) for t in (dq, dk))
     if dA_log is not None:
-        dA_log = dA_log.sum(0).view_as(x.A_log).to(x.A_log.dtype)
+        dA_log = dA_log.sum((0, 2)).view_as(x.A_log).to(x.A_log.dtype)
     if ddt_bias is not None:
         ddt_bias = ddt_bias.sum(0).view_as(x.dt_bias).to(x.dt_bias.dtype)
     return dq, dk, dv, dg, dbeta, dA_log, ddt_bias

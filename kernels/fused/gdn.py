@@ -59,7 +59,7 @@ class GatedDelta(torch.autograd.Function):
         initial = None if initial is None else initial.contiguous()
         ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial)
         ctx.options = options
-        inputs = Inputs(q, k, v, g, beta, A_log, dt_bias, options, product_dtype(q, torch.float16))
+        inputs = Inputs(q, k, v, g, beta, A_log, dt_bias, options, product_dtype(q))
         tiles = gdn_prepare(inputs, for_backward=False)
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         final = None
@@ -71,7 +71,7 @@ class GatedDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do: Tensor, dfinal: Tensor | None):
         *tensors, initial = ctx.saved_tensors
-        inputs = Inputs(*tensors, ctx.options, product_dtype(tensors[0], torch.float16))
+        inputs = Inputs(*tensors, ctx.options, product_dtype(tensors[0]))
         tiles = gdn_prepare(inputs, for_backward=True)
         states = inputs.tiles(inputs.key, inputs.value)
         passage = scan(inputs, tiles, initial, states=states, passage=ctx.passage)

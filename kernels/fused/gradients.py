@@ -10,254 +10,215 @@ With S the state before the chunk, dS' the gradient of the state after it, `new`
 
 A log-decay appears only as exp(+G) beside some q or k, or exp(-G) beside some k, so that G' (`dlog`) is the sum of q q'
 and of k k' with that sign, and of what exp(G_C) multiplies; g' sums G' from the token to the end of the chunk.
+
+The gradients of outputs, and all that is linear in them, are in the range that `ranges.into_range` gave them; those of
+the pairs are divided by a power of 2 of their own besides, for each chunk and head.
+
+Row sums over all channels need no channels. o is linear in q, so that q . q' = o . o'. From new = beta (v - S^T k) and
+S = S + k new^T, token by token, k . k' = (2 new - beta v) . solved, and beta' = solved . new / beta.
 """
 
 import triton
 import triton.language as tl
 
-from deltarl.kernels.fused.prepare import log_decays, within_16
+from deltarl.kernels.fused.prepare import log2_decays
 from deltarl.kernels.fused.tiles import (
     FROM_START,
+    HALVINGS,
+    LN_2,
     ONWARDS,
+    SHARED_HALVES,
     TO_END,
-    TO_MIDDLE_16,
-    TO_MIDDLE_32,
     before,
     column_offsets,
-    in_one_block,
-    is_late,
     load_rows,
     not_after,
-    row_scales,
     split,
     store_rows,
     summed,
     tile_offsets,
-    token_of_16,
     write_strengths,
 )
 
 
 @triton.jit
-def factored_gradients(
-    q, k, to_late, to_early, dattend, derase, pairs, beta, dq, dk, dlog, dbeta, C: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds what the chosen `pairs` [C, C] give to the gradients of q, k, G and beta.
-
-    `dattend` and `derase` point to [C, C], zero above the diagonal; a pair's decay is `to_late` times `to_early`. What
-    a pair gives to G of its later token it takes from its earlier one: both from the same rounded factors, so that
-    nothing remains for the tokens before the two.
-    """
-    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    here, flipped = row * C + column, row + column * C
-    early_k = (k * to_early).to(DT)
-    late_q = (q * to_late).to(DT)
-    attended = tl.where(pairs, tl.load(dattend + here), 0.0).to(DT)
-    found = tl.dot(attended, early_k, input_precision=PRECISION)
-    dq += found * to_late
-    dlog += found * late_q.to(tl.float32)
-    late_k = (k * to_late * beta[:, None]).to(DT)
-    erased = tl.where(pairs, tl.load(derase + here), 0.0).to(DT)
-    found = tl.dot(erased, early_k, input_precision=PRECISION)
-    dlog += found * late_k.to(tl.float32)
-    found *= to_late
-    dbeta += tl.sum(found * k, 1)
-    dk += found * beta[:, None]
-    attended = tl.where(pairs, tl.load(dattend + flipped), 0.0).to(DT)
-    erased = tl.where(pairs, tl.load(derase + flipped), 0.0).to(DT)
-    found = tl.dot(attended, late_q, input_precision=PRECISION)
-    found = tl.dot(erased, late_k, found, input_precision=PRECISION)
-    dk += found * to_early
-    dlog -= found * early_k.to(tl.float32)
-    return dq, dk, dlog, dbeta
-
-
-@triton.jit
-def halved_gradients(
-    q, k, spans, high, low, dattend, derase, beta, dq, dk, dlog, dbeta, HALF: tl.constexpr, C: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`factored_gradients` of the pairs between the halves of each block of 2 * HALF tokens."""
-    decay = tl.exp(summed(spans, TO_MIDDLE_32 if HALF == 32 else TO_MIDDLE_16, high, low, C, PRECISION))
-    late = is_late(HALF, C)
-    pairs = in_one_block(2 * HALF, C) & (in_one_block(HALF, C) == 0)
-    return factored_gradients(
-        q, k, tl.where(late, decay, 0.0), tl.where(late, 0.0, decay), dattend, derase, pairs, beta,
-        dq, dk, dlog, dbeta, C, DT, PRECISION,
-    )  # fmt: skip
-
-
-@triton.jit
-def single_gradients(
-    q, k, since_start, too_steep, dattend, derase, beta, dq, dk, dlog, dbeta, C: tl.constexpr, D: tl.constexpr
-):
-    """The same for the pairs within 16 tokens whose later token is `too_steep`, one earlier of every 16 at a time."""
-    token = tl.arange(0, C)
-    for early in range(16):
-        early_k = token_of_16(k, early, C, D)
-        decay = tl.exp(tl.minimum(since_start - token_of_16(since_start, early, C, D), 0.0)) * too_steep[:, None]
-        pair = token * C + token // 16 * 16 + early
-        attended = tl.load(dattend + pair).to(tl.float32)[:, None] * decay
-        erased = tl.load(derase + pair).to(tl.float32)[:, None] * decay
-        dq += attended * early_k
-        dbeta += tl.sum(erased * early_k * k, 1)
-        dk += erased * early_k * beta[:, None]
-        found = attended * q + erased * k * beta[:, None]
-        dlog += found * early_k
-        found = tl.reshape(found, (C // 16, 16, D))
-        found = tl.broadcast_to(tl.sum(found, 1, keep_dims=True), (C // 16, 16, D))
-        found = tl.where((token % 16)[:, None] == early, tl.reshape(found, (C, D)), 0.0)
-        dk += found
-        dlog -= found * early_k
-    return dq, dk, dlog, dbeta
-
-
-@triton.jit
-def pair_gradients(
-    q, k, spans, high, low, dattend, derase, beta, dq, dk, dlog, dbeta, C: tl.constexpr, D: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The counterpart of `prepare.add_pairs`, with the same choice within 16 tokens."""
-    for level in tl.static_range(2):
-        dq, dk, dlog, dbeta = halved_gradients(
-            q, k, spans, high, low, dattend, derase, beta, dq, dk, dlog, dbeta, 32 >> level, C, DT, PRECISION
-        )
-    fall, rise, too_steep = within_16(spans, high, low, C, PRECISION)
-    dq, dk, dlog, dbeta = factored_gradients(
-        q, k, fall, rise, dattend, derase, in_one_block(16, C), beta, dq, dk, dlog, dbeta, C, DT, PRECISION
-    )
-    if tl.max(too_steep) > 0:
-        since_start = summed(spans, FROM_START, high, low, C, PRECISION)
-        dq, dk, dlog, dbeta = single_gradients(
-            q, k, since_start, too_steep, dattend, derase, beta, dq, dk, dlog, dbeta, C, D
-        )
-    return dq, dk, dlog, dbeta
+def power_of_2(x):
+    """The largest power of 2 that is at most x >= 0, within 2^-100 and 2^100."""
+    bits = tl.minimum(tl.maximum(x, 2.0**-100), 2.0**100).to(tl.int32, bitcast=True) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["H", "beta_stride"])
 def value_gradients_kernel(
-    v, beta, do, inverse, new, dnew, dattend, derase, chunk_row, chunk_size, dv, dbeta, v_stride, beta_stride,
+    v, beta, o, do, factor, erase, inverse, new, dnew, pairs, unit, along, chunk_row, chunk_size, dv, dbeta,
+    v_stride, beta_stride,
     H, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program for one head of one chunk: P' and A' [chunks, H, C, C], dv [rows, H, V], and the part of dbeta
-    [chunks, H, C] that came through v, in fp32. `dnew` becomes `solved`."""
+    """One program for one head of one chunk. Writes dv [rows, H, V], dbeta [rows, H] in fp32 (unless RAW, without what
+    came through w) and, for `gradients_kernel`,
+
+        pairs [chunks, H, 3, C, C]  P', its transpose, and beta A' plus its transpose, divided by unit [chunks, H]
+        along [chunks, H, 2, C]     q . q' and k . k'
+
+    `dnew` becomes `solved`. All but `pairs` are multiplied by `factor` [chunks, H], as `do` in fp16 is to be."""
     head, chunk = tl.program_id(0), tl.program_id(1)
     tile = chunk * H + head
     DT: tl.constexpr = new.dtype.element_ty
     first = tl.load(chunk_row + chunk)
-    valid = tl.arange(0, C) < tl.load(chunk_size + chunk)
+    rows = tl.arange(0, C)
+    valid = rows < tl.load(chunk_size + chunk)
     b_beta = write_strengths(beta, first, beta_stride, head, valid, C, RAW)
+    b_factor = tl.load(factor + tile)
     solve = tl.trans(tl.load(inverse + tile_offsets(tile, C, C)))
-    b_dattend, b_derase = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-    b_dbeta = tl.zeros((C,), tl.float32)
-    for column in range(0, V, BV):
+    attended, attended_back = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    erased, erased_back = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    by_new, by_v, along_q = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    for column in tl.range(0, V, BV, num_stages=1):
         values = column_offsets(tile, column, C, V, BV)
         solved = tl.dot(solve, tl.load(dnew + values), input_precision=PRECISION)
-        b_v = load_rows(v + head * V + column, first, v_stride, valid, C, BV)
-        b_dbeta += tl.sum(solved * b_v, 1)
-        store_rows(dv + head * V + column, solved * b_beta[:, None], first, H * V, valid, C, BV)
+        b_new = tl.load(new + values)
+        by_v += tl.sum(solved * load_rows(v + head * V + column, first, v_stride, valid, C, BV), 1)
+        by_new += tl.sum(solved * b_new.to(tl.float32), 1)
+        store_rows(dv + head * V + column, solved * (b_beta * b_factor)[:, None], first, H * V, valid, C, BV)
         tl.debug_barrier()  # every thread has read dnew
         solved = solved.to(DT)
         tl.store(dnew + values, solved)
-        b_new = tl.trans(tl.load(new + values))
-        b_derase -= tl.dot(solved, b_new, input_precision=PRECISION)
-        b_do = load_rows(do + head * V + column, first, H * V, valid, C, BV).to(DT)
-        b_dattend += tl.dot(b_do, b_new, input_precision=PRECISION)
-    tl.store(derase + tile_offsets(tile, C, C), tl.where(before(C), b_derase, 0.0).to(DT))
-    tl.store(dattend + tile_offsets(tile, C, C), tl.where(not_after(C), b_dattend, 0.0).to(DT))
-    tl.store(dbeta + tile * C + tl.arange(0, C), b_dbeta)
+        b_do = load_rows(do + head * V + column, first, H * V, valid, C, BV)
+        along_q += tl.sum(b_do * load_rows(o + head * V + column, first, H * V, valid, C, BV), 1)
+        b_do = b_do.to(DT)
+        erased = tl.dot(solved, tl.trans(b_new), erased, input_precision=PRECISION)
+        erased_back = tl.dot(b_new, tl.trans(solved), erased_back, input_precision=PRECISION)
+        attended = tl.dot(b_do, tl.trans(b_new), attended, input_precision=PRECISION)
+        attended_back = tl.dot(b_new, tl.trans(b_do), attended_back, input_precision=PRECISION)
+    tl.store(along + tile * 2 * C + rows, along_q * b_factor)
+    tl.store(along + tile * 2 * C + C + rows, (2.0 * by_new - b_beta * by_v) * b_factor)
+    later, here = before(C), tile_offsets(tile, C, C)
+    erased = tl.where(later, -erased, 0.0)
+    b_dbeta = by_new * (1.0 - b_beta)
+    if not RAW:
+        b_dbeta = by_v + tl.sum(erased * tl.load(erase + here).to(tl.float32), 1)
+    tl.store(dbeta + (first + rows).to(tl.int64) * H + head, b_dbeta * b_factor, mask=valid)
+    erased *= b_beta[:, None]
+    attended = tl.where(not_after(C), attended, 0.0)
+    b_unit = power_of_2(tl.maximum(tl.max(tl.abs(erased)), tl.max(tl.abs(attended))))
+    tl.store(unit + tile, b_unit)
+    smaller = 1.0 / b_unit
+    here = tile_offsets(tile * 3, C, C)
+    tl.store(pairs + here, (attended * smaller).to(pairs.dtype.element_ty))
+    attended_back = tl.where(later, 0.0, attended_back * smaller)
+    tl.store(pairs + C * C + here, attended_back.to(pairs.dtype.element_ty))
+    erased_back = tl.where(not_after(C), 0.0, -erased_back * b_beta[None, :])
+    tl.store(pairs + 2 * C * C + here, ((erased + erased_back) * smaller).to(pairs.dtype.element_ty))
+
+
+@triton.jit
+def pair_gradients(q, k, g, spans, pairs, dq, dk, dk_by_role, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds what the pairs give to the gradients of q and k, and to that of k with the sign of its log-decay: + where
+    its token is the later one. Level by level, as in `prepare.pairs_of`.
+
+    `pairs` points to three [C, C] of `value_gradients_kernel`; q, k, g [C, K] are of the type of the products.
+    """
+    here = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+    for level in tl.range(0, HALVINGS, num_stages=1):
+        decay = tl.exp2(summed(spans, level, g, C, PRECISION))
+        late_q, both_k = q * decay.to(q.dtype), k * decay.to(q.dtype)
+        shared = tl.load(spans + (SHARED_HALVES + level) * C * C + here).to(q.dtype)
+        dq += decay * tl.dot(tl.load(pairs + here) * shared, both_k, input_precision=PRECISION)
+        found = tl.dot(tl.load(pairs + 2 * C * C + here) * shared, both_k, input_precision=PRECISION)
+        found = tl.dot(tl.load(pairs + C * C + here) * shared, late_q, found, input_precision=PRECISION) * decay
+        dk += found
+        role = tl.where((tl.arange(0, C) & ((C // 2) >> level)) > 0, 1.0, -1.0)
+        dk_by_role += found * role[:, None]
+    return dq, dk, dk_by_role
 
 
 @triton.jit(do_not_specialize=["H", "beta_stride"])
 def gradients_kernel(
-    q, k, g, beta, A_log, dt_bias, do, states, dstates, new, solved, dattend, derase, dbeta_by_v,
-    chunk_row, chunk_size, spans, dq, dk, dg, dbeta, dA_log, ddt_bias,
-    q_stride, k_stride, g_stride, beta_stride, scale, bound,
-    H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, RAW: tl.constexpr,
-    BIAS: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, g, beta, A_log, dt_bias, do, factor, states, dstates, new, solved, pairs, unit, factors,
+    along, decay, chunk_row, chunk_size, spans, dq, dk, dg, dbeta, dA_log, ddt_bias,
+    q_stride, k_stride, g_stride, beta_stride, scale, bound, rows,
+    H, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    RAW: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr, L2NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program for one head of one chunk. Gradients are contiguous [rows, H, ...]; those of A_log [chunks, H] and
-    dt_bias [chunks, H, K] are this chunk's share."""
-    head, chunk = tl.program_id(0), tl.program_id(1)
-    tile = chunk * H + head
+    """One program for BK channels of one head of one chunk. Gradients are contiguous [rows, H, ...], those of q and k
+    too where heads share them; those of A_log [chunks, H, K / BK] and dt_bias [chunks, H, K] are this chunk's share.
+    Unless RAW, dbeta [1 + K / BK, rows, H] gets what came through these channels."""
+    head, block, chunk = tl.program_id(0) // (K // BK), tl.program_id(0) % (K // BK), tl.program_id(1)
+    tile, column = chunk * H + head, block * BK
     DT: tl.constexpr = new.dtype.element_ty
-    ST: tl.constexpr = tl.float32 if tl.float32 == DT else tl.float16
+    ST: tl.constexpr = pairs.dtype.element_ty
     first = tl.load(chunk_row + chunk)
     valid = tl.arange(0, C) < tl.load(chunk_size + chunk)
-    dattend += tile.to(tl.int64) * C * C
-    derase += tile.to(tl.int64) * C * C
     b_beta = write_strengths(beta, first, beta_stride, head, valid, C, RAW)
-    b_dbeta = tl.load(dbeta_by_v + tile * C + tl.arange(0, C))
-    q_scale = row_scales(q, first, q_stride, head, valid, C, K, L2NORM)
-    k_scale = row_scales(k, first, k_stride, head, valid, C, K, L2NORM)
-    q_share, k_share = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-    rate_share = tl.zeros((C,), tl.float32)
-    for column in range(0, K, BK):
-        b_dq, dk_late = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
-        b_dk, dtotal = tl.zeros((C, BK), tl.float32), tl.zeros((BK,), tl.float32)
-        for value in range(0, V, BV):
-            corner = column * V + column_offsets(tile * (K // BK), value, BK, V, BV)
-            b_state, b_dstate = tl.load(states + corner), tl.load(dstates + corner)
-            dtotal += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 1)
-            values = column_offsets(tile, value, C, V, BV)
-            b_dk += tl.dot(tl.load(new + values), tl.trans(b_dstate), input_precision=PRECISION)
-            b_state = tl.trans(b_state)
-            b_do = load_rows(do + head * V + value, first, H * V, valid, C, BV).to(DT)
-            b_dq += tl.dot(b_do, b_state, input_precision=PRECISION)
-            dk_late -= tl.dot(tl.load(solved + values), b_state, input_precision=PRECISION)
+    smaller = 1.0 / tl.load(unit + tile)
 
-        b_g, _, _ = log_decays(
-            g, A_log, dt_bias, first, g_stride, head, column, valid, bound, C, K, BK, RAW, BIAS, BOUNDED
-        )
-        high, low = split(b_g, ST)
-        b_q = load_rows(q + head * K + column, first, q_stride, valid, C, BK) * (q_scale * scale)[:, None]
-        b_k = load_rows(k + head * K + column, first, k_stride, valid, C, BK) * k_scale[:, None]
-        start_decay = tl.exp(summed(spans, FROM_START, high, low, C, PRECISION))
-        b_dq *= start_decay
-        dk_late *= start_decay
-        b_dbeta += tl.sum(dk_late * b_k, 1)
-        dk_late *= b_beta[:, None]
-        b_dk *= tl.exp(summed(spans, TO_END, high, low, C, PRECISION))
-        dtotal = dtotal * tl.exp(tl.sum(b_g, 0)) + tl.sum(b_dk * b_k, 0)
-        dlog = b_q * b_dq + b_k * (dk_late - b_dk)
-        b_dk += dk_late
-        b_dq, b_dk, dlog, b_dbeta = pair_gradients(
-            b_q, b_k, spans, high, low, dattend, derase, b_beta, b_dq, b_dk, dlog, b_dbeta, C, BK, DT, PRECISION
-        )
-        q_share += tl.sum(b_q * b_dq, 1)
-        k_share += tl.sum(b_k * b_dk, 1)
-        store_rows(dq + head * K + column, b_dq * (q_scale * scale)[:, None], first, H * K, valid, C, BK)
-        store_rows(dk + head * K + column, b_dk * k_scale[:, None], first, H * K, valid, C, BK)
+    b_g, _, _ = log2_decays(
+        g, A_log, dt_bias, first, g_stride, head, column, valid, bound, C, K, BK, RAW, BIAS, BOUNDED
+    )
+    b_g = b_g.to(ST)
 
-        tl.debug_barrier()  # loads g again: its gate need not be kept while the pairs are worked on
-        b_g, slope, raw = log_decays(
-            g, A_log, dt_bias, first, g_stride, head, column, valid, bound, C, K, BK, RAW, BIAS, BOUNDED
-        )
-        high, low = split(dlog, DT)
-        dlog = summed(spans, ONWARDS, high, low, C, PRECISION) + dtotal[None, :]
-        b_dg = dlog * slope
-        store_rows(dg + head * K + column, b_dg, first, H * K, valid, C, BK)
-        if RAW:
-            if BIAS:
-                tl.store(ddt_bias + tile * K + column + tl.arange(0, BK), tl.sum(b_dg, 0))
-            by_rate = b_dg * raw if BOUNDED else tl.where(slope == 0.0, 0.0, dlog * b_g)
-            rate_share += tl.sum(by_rate, 1)
+    b_dq, b_dk = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+    dk_start, dtotal = tl.zeros((C, BK), tl.float32), tl.zeros((BK,), tl.float32)
+    for value in tl.range(0, V, BV):
+        corner = column * V + column_offsets(tile * (K // BK), value, BK, V, BV)
+        b_state, b_dstate = tl.load(states + corner), tl.load(dstates + corner)
+        dtotal += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 1)
+        values = column_offsets(tile, value, C, V, BV)
+        b_dk = tl.dot(tl.load(new + values), tl.trans(b_dstate), b_dk, input_precision=PRECISION)
+        b_state = tl.trans(b_state)
+        b_do = load_rows(do + head * V + value, first, H * V, valid, C, BV).to(DT)
+        b_dq = tl.dot(b_do, b_state, b_dq, input_precision=PRECISION)
+        dk_start = tl.dot(tl.load(solved + values), b_state, dk_start, input_precision=PRECISION)
 
-    if RAW:
-        b_dbeta *= b_beta * (1.0 - b_beta)
-        tl.store(dA_log + tile, tl.sum(rate_share, 0))
-    tl.store(dbeta + (first + tl.arange(0, C)) * H + head, b_dbeta.to(dbeta.dtype.element_ty), mask=valid)
+    since_start = tl.exp2(summed(spans, FROM_START, b_g, C, PRECISION))
+    b_dq *= since_start * smaller
+    dk_start *= since_start * -smaller
+    b_dk *= tl.exp2(summed(spans, TO_END, b_g, C, PRECISION)) * smaller
+    per_row = tile * 2 * C + tl.arange(0, C)
+    q_factor, k_factor = tl.load(factors + per_row), tl.load(factors + per_row + C)
+    b_q = load_rows(q + head // SHARED * K + column, first, q_stride, valid, C, BK) * (q_factor * scale)[:, None]
+    b_k = load_rows(k + head // SHARED * K + column, first, k_stride, valid, C, BK) * k_factor[:, None]
+    if not RAW:
+        by_channels = tl.sum(dk_start * b_k, 1) * (tl.load(unit + tile) * tl.load(factor + tile))
+        tl.store(dbeta + ((1 + block) * rows + first + tl.arange(0, C)) * H + head, by_channels, mask=valid)
+    dk_start *= b_beta[:, None]
+    dtotal *= tl.load(decay + tile * K + column + tl.arange(0, BK)) * smaller
+    dtotal += tl.sum(b_dk * b_k, 0)
+    b_q, b_k = b_q.to(ST), b_k.to(ST)
+    b_dq, b_dk, dlog = pair_gradients(
+        b_q, b_k, b_g, spans, pairs + tile.to(tl.int64) * (3 * C * C),
+        b_dq, b_dk + dk_start, dk_start - b_dk, C, PRECISION,
+    )  # fmt: skip
+    diagonal = tl.load(pairs + tile.to(tl.int64) * (3 * C * C) + tl.arange(0, C) * (C + 1)).to(tl.float32)[:, None]
+    dlog = b_k.to(tl.float32) * dlog + b_q.to(tl.float32) * b_dq
+    b_dq += diagonal * b_k.to(tl.float32)
+    b_dk += diagonal * b_q.to(tl.float32)
+
+    b_unit = tl.load(unit + tile) * tl.load(factor + tile)
+    b_dq *= (b_unit * scale * q_factor)[:, None]
+    b_dk *= (b_unit * k_factor)[:, None]
     if L2NORM:
-        tl.debug_barrier()  # dq and dk were written by other threads
-        subtract_along(dq, q, q_stride, q_share * q_scale * q_scale, first, head, valid, H, C, K)
-        subtract_along(dk, k, k_stride, k_share * k_scale * k_scale, first, head, valid, H, C, K)
+        along_q = tl.load(along + per_row) * q_factor * q_factor
+        b_dq -= load_rows(q + head // SHARED * K + column, first, q_stride, valid, C, BK) * along_q[:, None]
+        along_k = tl.load(along + per_row + C) * k_factor * k_factor
+        b_dk -= load_rows(k + head // SHARED * K + column, first, k_stride, valid, C, BK) * along_k[:, None]
+    store_rows(dq + head * K + column, b_dq, first, H * K, valid, C, BK)
+    store_rows(dk + head * K + column, b_dk, first, H * K, valid, C, BK)
 
-
-@triton.jit
-def subtract_along(dx, x, stride, share, first, head, valid, H, C: tl.constexpr, K: tl.constexpr):
-    """dx -= share x, row by row: the part of a gradient along a row whose length was divided out."""
-    rows = load_rows(dx + head * K, first, H * K, valid, C, K)
-    rows -= share[:, None] * load_rows(x + head * K, first, stride, valid, C, K)
-    tl.debug_barrier()
-    store_rows(dx + head * K, rows, first, H * K, valid, C, K)
+    last = tl.arange(0, C)[:, None] == C - 1
+    dlog += tl.where(last, dtotal[None, :], 0.0)
+    if RAW and not BOUNDED:
+        by_rate = dlog * summed(spans, FROM_START, b_g, C, PRECISION)
+        tl.store(dA_log + tile * (K // BK) + block, tl.sum(tl.sum(by_rate, 1), 0) * b_unit * LN_2)
+    high, low = split(dlog, DT)
+    dlog = summed(spans, ONWARDS, high, C, PRECISION) + summed(spans, ONWARDS, low, C, PRECISION)
+    _, slope, raw = log2_decays(
+        g, A_log, dt_bias, first, g_stride, head, column, valid, bound, C, K, BK, RAW, BIAS, BOUNDED
+    )
+    slope *= b_unit
+    b_dg = dlog * slope
+    store_rows(dg + head * K + column, b_dg, first, H * K, valid, C, BK)
+    if RAW and BOUNDED:
+        tl.store(dA_log + tile * (K // BK) + block, tl.sum(tl.sum(b_dg * raw, 1), 0))
+    if BIAS:
+        tl.store(ddt_bias + tile * K + column + tl.arange(0, BK), tl.sum(b_dg, 0))

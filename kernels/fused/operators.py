@@ -23,23 +23,17 @@ from deltarl.kernels.gated_norm import gated_rms_norm as gated_rms_norm_torch
 from deltarl.kernels.gdn import gdn_chunk as gdn_chunk_torch
 from deltarl.kernels.recurrent import kda_decode_ as kda_decode_torch
 
-WIDTH = 128
 SHORT = (torch.bfloat16, torch.float16, torch.float32)
 CONV_WIDTHS = (2, 3, 4)
 
 
 def kda_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """See `deltarl.kernels.kda_chunk`. Triton's: bf16, K = V = 128, as many heads of v as of q, a decay per channel,
-    l2-norm on, the gate with dt_bias or none."""
-    raw, biased = options.get("A_log") is not None, options.get("dt_bias") is not None
+    """See `deltarl.kernels.kda_chunk`. Triton's: inputs of 16 bits, K and V up to 128."""
     proven = (
-        all(x.dtype == torch.bfloat16 for x in (q, k, v, g, beta))
+        all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v, g, beta))
         and q.ndim == v.ndim == 4
-        and q.shape == v.shape == g.shape
-        and q.shape[-1] == WIDTH
+        and max(q.shape[-1], v.shape[-1]) <= 128
         and q.shape[1] > 0
-        and raw == biased
-        and options.get("use_qk_l2norm", True)
     )
     return (kda_chunk_triton if proven else kda_chunk_torch)(q, k, v, g, beta, **options)
 
@@ -50,7 +44,7 @@ def gdn_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **option
         all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v, g, beta))
         and q.dtype == k.dtype
         and q.ndim == v.ndim == 4
-        and {q.shape[-1], v.shape[-1]} <= {32, 64, 128}
+        and max(q.shape[-1], v.shape[-1]) <= 128
         and q.shape[1] > 0
     )
     return (gdn_chunk_triton if proven else gdn_chunk_torch)(q, k, v, g, beta, **options)

@@ -8,10 +8,10 @@ import triton.language as tl
 
 LOWEST_LOG_DECAY = tl.constexpr(-120.0)
 L2_EPS = tl.constexpr(1e-6)
-# Down to this, exp of a sum and of its negative are both normal numbers, in fp32 and in bf16.
-LOWEST_SUM = tl.constexpr(-80.0)
-# The matrices of `chunks.spans`.
-FROM_START, TO_END, TO_MIDDLE_32, TO_MIDDLE_16, FROM_16TH, ONWARDS = (tl.constexpr(n) for n in range(6))
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+# The matrices of `chunks.spans`; the first HALVINGS of them lead to the middle of 64, 32, ... 2 tokens.
+HALVINGS = tl.constexpr(6)
+FROM_START, TO_END, ONWARDS, SHARED_HALVES = (tl.constexpr(n) for n in (6, 7, 8, 9))
 
 
 @triton.jit
@@ -47,18 +47,19 @@ def column_offsets(tile, column, R: tl.constexpr, D: tl.constexpr, BD: tl.conste
 def gated(x, rate, bound, BOUNDED: tl.constexpr):
     """Log-decay from the raw projection with its bias, and its derivative: rate = exp(A_log).
 
-    log(1 + y) is 2 atanh(s) for s = y / (2 + y) <= 1/3, by its series: 1e-7 of itself, and cheaper than a logarithm.
+    log(1 + y) for y in [0, 1] is y times a polynomial, within 3e-7 of itself in fp32: cheaper than a logarithm that is
+    as exact near 0.
     """
     if BOUNDED:
         gate = tl.sigmoid(rate * x)
         return bound * gate, bound * rate * gate * (1.0 - gate)
     else:
-        y = tl.exp(-tl.abs(x))
-        s = y / (2.0 + y)
-        t = s * s
-        series = 1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t / 13)))))
-        softplus = tl.maximum(x, 0.0) + 2.0 * s * series
-        return -rate * softplus, -rate * tl.where(x >= 0, 1.0, y) / (1.0 + y)
+        y = tl.exp2(tl.abs(x) * -LOG2_E)
+        series = 0.0782247039 + y * (-0.0295044725 + y * 0.00523250307)
+        series = 0.333190952 + y * (-0.248429695 + y * (0.19105957 + y * (-0.136631399 + y * series)))
+        softplus = tl.maximum(x, 0.0) + y * (0.99999997 + y * (-0.499994931 + y * series))
+        root = tl.rsqrt(1.0 + y)  # squared, it is cheaper than a quotient
+        return -rate * softplus, -rate * tl.where(x >= 0, 1.0, y) * (root * root)
 
 
 @triton.jit
@@ -69,34 +70,19 @@ def split(x, ST: tl.constexpr):
 
 
 @triton.jit
-def summed(spans, WHICH: tl.constexpr, high, low, C: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, D]: the matrix WHICH of `chunks.spans` times high + low [C, D]: sums over chosen tokens, in fp32.
+def summed(spans, which, x, C: tl.constexpr, PRECISION: tl.constexpr):
+    """[C, D] in fp32: the matrix `which` of `chunks.spans` times x [C, D]: sums over chosen tokens.
 
     The matrix is loaded each time: held in registers it would push out what the kernel works on.
     """
-    span = tl.load(spans + WHICH * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]).to(high.dtype)
-    return tl.dot(span, low, tl.dot(span, high, input_precision=PRECISION), input_precision=PRECISION)
+    span = tl.load(spans + which * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]).to(x.dtype)
+    return tl.dot(span, x, input_precision=PRECISION)
 
 
 @triton.jit
-def token_of_16(x, place, C: tl.constexpr, D: tl.constexpr):
-    """[C, D]: in each 16 rows, the row `place` of them."""
-    blocks = tl.reshape(x, (C // 16, 16, D))
-    row = tl.sum(tl.where(tl.arange(0, 16)[None, :, None] == place, blocks, 0.0), 1, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(row, (C // 16, 16, D)), (C, D))
-
-
-@triton.jit
-def is_late(HALF: tl.constexpr, C: tl.constexpr):
-    """[C, 1]: whether a token lies in the second half of its block."""
-    return ((tl.arange(0, C) // HALF) % 2 == 1)[:, None]
-
-
-@triton.jit
-def in_one_block(SIZE: tl.constexpr, C: tl.constexpr):
-    """[C, C]: whether two tokens share a block of SIZE."""
-    block = tl.arange(0, C) // SIZE
-    return block[:, None] == block[None, :]
+def apart(C: tl.constexpr):
+    """[C, C]: i xor j. Tokens share a block of n (a power of 2) where it is below n."""
+    return tl.arange(0, C)[:, None] ^ tl.arange(0, C)[None, :]
 
 
 @triton.jit
@@ -114,9 +100,10 @@ def before(C: tl.constexpr):
 @triton.jit
 def unit_lower_inverse(erase, C: tl.constexpr, ST: tl.constexpr, PRECISION: tl.constexpr):
     """(I + erase)^-1 for `erase` [C, C] strictly lower, with products of type ST."""
-    inverse = tl.where(in_one_block(1, C), 1.0, 0.0) - tl.where(in_one_block(2, C), erase, 0.0)
-    for level in tl.static_range(1, 6):
-        between = tl.where(in_one_block(2 << level, C) & (in_one_block(1 << level, C) == 0), erase, 0.0)
+    distance = apart(C)
+    inverse = tl.where(distance == 0, 1.0, 0.0) - tl.where(distance == 1, erase, 0.0)
+    for level in tl.range(1, HALVINGS, num_stages=1):
+        between = tl.where((distance >> level) == 1, erase, 0.0)
         short = inverse.to(ST)
         solved = tl.dot(short, between.to(ST), input_precision=PRECISION)
         inverse -= tl.dot(solved.to(ST), short, input_precision=PRECISION)
@@ -131,13 +118,3 @@ def write_strengths(beta, first, stride, head, valid, C: tl.constexpr, RAW: tl.c
     if RAW:
         value = tl.sigmoid(value)
     return tl.where(valid, value, 0.0)
-
-
-@triton.jit
-def row_scales(x, first, stride, head, valid, C: tl.constexpr, K: tl.constexpr, L2NORM: tl.constexpr):
-    """[C]: 1 / sqrt(sum x^2 + eps), or ones."""
-    if L2NORM:
-        rows = load_rows(x + head * K, first, stride, valid, C, K)
-        return 1.0 / tl.sqrt(tl.sum(rows * rows, 1) + L2_EPS)
-    else:
-        return tl.full((C,), 1.0, tl.float32)

@@ -25,7 +25,7 @@ START_SECONDS = 120.0
 GRACE_SECONDS = 2.0
 PATIENCE_SECONDS = 0.05
 STALE_SECONDS = 0.25
-GATHER_SECONDS = 0.005
+GATHER_SECONDS = 0.01
 BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from deltarl.rewards.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"

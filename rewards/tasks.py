@@ -13,7 +13,7 @@ from deltarl.rewards.types import Status, Verdict
 ATTEMPTS = 3
 BATCH_TASKS = 128
 BATCH_CHARS = 1 << 20
-BATCH_SECONDS = 0.01
+BATCH_SECONDS = 0.02
 RECENT = 1 / 16
 FIRST_PAUSE = 0.05
 DOUBLINGS = 6

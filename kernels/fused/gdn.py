@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltarl.kernels.fused.call import Inputs, Options
-from deltarl.kernels.fused.chunk import packed_rows, product_dtype
+from deltarl.kernels.fused.chunk import packed_rows, product_dtype, widened
 from deltarl.kernels.fused.chunks import chunks_of
 from deltarl.kernels.fused.gdn_gradients import gdn_gradients
 from deltarl.kernels.fused.gdn_prepare import gdn_prepare
@@ -34,22 +34,27 @@ def gdn_chunk(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Same arguments, shapes and errors as `deltarl.kernels.gdn.gdn_chunk`; K and V are 32, 64, 128 or 256, T > 0, and
-    q, k and v have one dtype."""
+    """Same arguments, shapes and errors as `deltarl.kernels.gdn.gdn_chunk`; K and V are at most 128, T > 0, and q and k
+    have one dtype."""
     check_arguments(q, k, v, g.unsqueeze(-1), beta, A_log, dt_bias, gate_lower_bound)
-    batch, tokens = q.shape[:2]
+    batch, tokens, _, key = q.shape
+    heads, value = v.shape[2:]
     lengths = [tokens] * batch if cu_seqlens is None else sequence_lengths(cu_seqlens, batch, tokens)
-    expected = (len(lengths), v.shape[2], q.shape[3], v.shape[3])
+    expected = (len(lengths), heads, key, value)
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state must be {expected}, got {tuple(initial_state.shape)}")
     options = Options(
         chunks_of(tuple(lengths), q.device),
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        key**-0.5 if scale is None else scale,
         gate_lower_bound,
         use_qk_l2norm,
         output_final_state,
     )
-    return GatedDelta.apply(q, k, v, g, beta, A_log, dt_bias, initial_state, options)
+    q, k, v = (widened(x, 0) for x in (q, k, v))
+    if initial_state is not None:
+        initial_state = widened(widened(initial_state, 0), 1)
+    o, state = GatedDelta.apply(q, k, v, g, beta, A_log, dt_bias, initial_state, options)
+    return o[..., :value], None if state is None else state[..., :key, :value]
 
 
 class GatedDelta(torch.autograd.Function):
@@ -78,7 +83,9 @@ class GatedDelta(torch.autograd.Function):
         out = into_range(inputs, do.contiguous(), dfinal.contiguous() if ctx.options.keep_final else None)
         dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
         dstates, dnew = scan_backward(inputs, tiles, out.do, out.dfinal, dinitial, passage)
-        gradients = gdn_gradients(inputs, tiles, out, states, dstates, dnew)
+        kept = tiles.tokens, tiles.attend, tiles.erase, tiles.inverse, tiles.u
+        del tiles  # the gradients need none of the others' memory
+        gradients = gdn_gradients(inputs, out, *kept, dnew, states, dstates)
         if initial is not None:
             dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)
         return *gradients, dinitial, None

@@ -28,7 +28,6 @@ from deltarl.kernels.fused.gdn_prepare import (
     K_UNIT,
     Q_UNIT,
     START_DECAY,
-    GdnTiles,
     head_log_decays,
     pair_decays,
     token_row,
@@ -179,8 +178,9 @@ def gdn_gradients_kernel(
 
 
 def gdn_gradients(
-    x: Inputs, tiles: GdnTiles, out: Scaled, states: Tensor, dstates: Tensor, dnew: Tensor
-) -> tuple[Tensor | None, ...]:
+    x: Inputs, out: Scaled, tokens: Tensor, attend: Tensor, erase: Tensor, inverse: Tensor, new: Tensor, dnew: Tensor,
+    states: Tensor, dstates: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v, g, beta, A_log and dt_bias (None where there is no such input)."""
     dq, dk, dv, dg, dbeta = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v, x.g, x.beta))
     dA_log, ddt_bias = (None if t is None else x.tiles(dtype=torch.float32) for t in (x.A_log, x.dt_bias))
@@ -190,13 +190,13 @@ def gdn_gradients(
     q_stride, k_stride, v_stride, g_stride, _ = x.strides()
     config = CONFIGS["gdn_pair_gradients"]
     gdn_pair_gradients_kernel[(x.heads, chunks.count)](
-        x.v, out.do, out.by_chunk, tiles.tokens, tiles.attend, tiles.erase, tiles.inverse, tiles.u, dnew,
+        x.v, out.do, out.by_chunk, tokens, attend, erase, inverse, new, dnew,
         chunks.row, chunks.size, dattend, derase, dv, dbeta_part, dlog_part, v_stride, x.options.scale,
         H=x.heads, V=x.value, C=CHUNK, BV=min(config.block, x.value), PRECISION=x.precision(), **config.launch(),
     )  # fmt: skip
     config = CONFIGS["gdn_gradients"]
     gdn_gradients_kernel[(x.heads // x.shared, chunks.count)](
-        x.q, x.k, x.g, x.A_log, x.dt_bias, out.do, out.by_chunk, tiles.tokens, states, dstates, tiles.u, dnew,
+        x.q, x.k, x.g, x.A_log, x.dt_bias, out.do, out.by_chunk, tokens, states, dstates, new, dnew,
         dattend, derase, dbeta_part, dlog_part, dlog_read, chunks.row, chunks.size, dq, dk, dg, dbeta, dA_log, ddt_bias,
         q_stride, k_stride, g_stride, x.options.scale, x.options.bound,
         **x.sizes(), SHARED=x.shared, BV=min(config.block, x.value), **x.switches(), PRECISION=x.precision(),

@@ -54,7 +54,7 @@ def into_range(x: Inputs, do: Tensor, dfinal: Tensor | None) -> Scaled:
     grid, shape = (x.heads, chunks.count), {"H": x.heads, "C": CHUNK, "D": x.value}
     largest = x.tiles(dtype=torch.float32)
     largest_kernel[grid](do, chunks.row, chunks.size, largest, **shape, **config.launch())
-    per_sequence = chunks.bounds.diff()
+    per_sequence = chunks.bounds.diff().long()
     sequence = torch.repeat_interleave(per_sequence, output_size=chunks.count)
     of_sequence = largest.new_zeros(len(per_sequence), x.heads)
     of_sequence.scatter_reduce_(0, sequence.unsqueeze(1).expand_as(largest), largest, "amax")

@@ -48,7 +48,7 @@ def as_in_the_model(inputs: dict) -> dict:
 CASES = {
     "two chunks, heads share keys": ({"tokens": 70}, {}, as_in_the_model),
     "bounded gate": ({"tokens": 17, "key_heads": 2}, {"gate_lower_bound": -5.0}, dict),
-    "one token": ({"tokens": 1}, {}, dict),
+    "one token, K=8 V=48": ({"tokens": 1, "key": 8, "value": 48}, {}, dict),
     "packed, decay of -300": ({"tokens": 100, "heads": 1, "value": 64}, {"bounds": [0, 3, 3, 70, 100]}, strong),
     "lengths kept, K=64": ({"tokens": 40, "heads": 1, "key": 64}, {"scale": 0.3, "use_qk_l2norm": False}, gated),
 }
@@ -110,7 +110,7 @@ def test_nan_stays_in_its_packed_sequence():
         assert x[:, :33].isfinite().all() and x[:, 50:].isfinite().all()
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8, 1e30])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
 def test_gradients_of_any_size_scale_exactly(size):
     """Powers of two bring them into range: a power of two outside changes nothing but the exponent."""
     inputs = {name: x.requires_grad_() for name, x in one_decay_per_head(20, heads=1).items()}

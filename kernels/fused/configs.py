@@ -1,6 +1,7 @@
 """Tile widths, warps and pipeline stages of each kernel, measured offline; nothing is tuned while a program runs.
 
-`block` is the number of channels (prepare, gradients) or state columns (the others) that one step works on.
+`block` is what one step works on: channels (prepare, gradients, conv), numbers of whole rows (gated_norm), or state
+columns (the others).
 """
 
 from dataclasses import dataclass
@@ -33,4 +34,9 @@ CONFIGS = {
     "gdn_prepare": Config(block=128, num_warps=4, num_stages=1),
     "gdn_pair_gradients": Config(block=64, num_warps=4, num_stages=1),
     "gdn_gradients": Config(block=64, num_warps=8, num_stages=1),
+    "conv": Config(block=512, num_warps=2, num_stages=1),
+    "conv_backward": Config(block=256, num_warps=2, num_stages=1),
+    "conv_decode": Config(block=512, num_warps=2, num_stages=1),
+    "gated_norm": Config(block=4096, num_warps=4, num_stages=1),
+    "gated_norm_backward": Config(block=2048, num_warps=4, num_stages=1),
 }

@@ -7,7 +7,6 @@ A program walks down a block of one sequence's tokens, four rows at a time, with
 registers. Backward computes total anew. States are [N, W-1, D] in here, so that channels are neighbours.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -17,21 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltarl.kernels.conv import check_conv
+from deltarl.kernels.fused.configs import CONFIGS, Config
 
-
-@dataclass(frozen=True)
-class Config:
-    """Tokens and channels of a program, and the channels of a warp."""
-
-    tokens: int
-    channels: int
-    warp: int
-
-
-# Backward has twice the registers of forward a channel, and leaves W sums a program: fewer channels, more tokens.
-FORWARD, BACKWARD = Config(64, 512, 256), Config(128, 256, 128)
-# With fewer programs than this, a block has fewer tokens, down to these.
-PROGRAMS, FEWEST_TOKENS = 1024, 16
+# Tokens of a program; backward leaves a sum of dweight for each. With fewer programs than this, they take fewer tokens.
+FORWARD_TOKENS, BACKWARD_TOKENS, FEWEST_TOKENS, PROGRAMS = 64, 128, 16, 1024
 
 
 @triton.jit
@@ -141,7 +129,7 @@ def with_final_gradient(dx, dfinal, row, left, D, channel, W: tl.constexpr, DFIN
 
 
 @triton.jit
-def forward_kernel(
+def conv_kernel(
     x, weight, initial, table, y, final, stride, D,
     W: tl.constexpr, SILU: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr,
@@ -184,7 +172,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def conv_backward_kernel(
     x, weight, initial, dy, dfinal, table, dx, dinitial, dweight, stride, dy_stride, D,
     W: tl.constexpr, SILU: tl.constexpr, INITIAL: tl.constexpr, DFINAL: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr,
@@ -291,8 +279,8 @@ class Convolution(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         width = weight.shape[1]
         final = y.new_empty(len(lengths), width - 1, x.shape[2]) if keep_final else None
-        table, grid, sizes = launch(x, lengths, FORWARD)
-        forward_kernel[grid](
+        table, grid, sizes = launch(x, lengths, FORWARD_TOKENS, CONFIGS["conv"])
+        conv_kernel[grid](
             x, weight, initial, table, y, final, row_stride(x), x.shape[2],
             W=width, SILU=silu, INITIAL=initial is not None, FINAL=keep_final, **sizes,
         )  # fmt: skip
@@ -309,9 +297,9 @@ class Convolution(torch.autograd.Function):
         dfinal = None if dfinal is None else dfinal.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dinitial = None if initial is None else torch.empty_like(initial)
-        table, grid, sizes = launch(x, ctx.lengths, BACKWARD)
+        table, grid, sizes = launch(x, ctx.lengths, BACKWARD_TOKENS, CONFIGS["conv_backward"])
         dweight = torch.empty(len(table), *weight.shape[::-1], dtype=torch.float32, device=x.device)
-        backward_kernel[grid](
+        conv_backward_kernel[grid](
             x, weight, initial, dy, dfinal, table, dx, dinitial, dweight, row_stride(x), row_stride(dy), x.shape[2],
             W=weight.shape[1], SILU=ctx.silu, INITIAL=initial is not None, DFINAL=dfinal is not None, **sizes,
         )  # fmt: skip
@@ -328,10 +316,11 @@ def row_stride(x: Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def launch(x: Tensor, lengths: tuple[int, ...], config: Config) -> tuple[Tensor, tuple[int], dict[str, int]]:
-    """The block table, the grid, and the sizes of a program."""
+def launch(
+    x: Tensor, lengths: tuple[int, ...], tokens: int, config: Config
+) -> tuple[Tensor, tuple[int], dict[str, int]]:
+    """The block table, the grid, and the sizes of a program of up to `tokens` tokens."""
     parts, sizes = channel_blocks(x.shape[2], config)
-    tokens = config.tokens
     while tokens > FEWEST_TOKENS and x.shape[0] * x.shape[1] * parts < PROGRAMS * tokens:
         tokens //= 2
     table = block_table(lengths, tokens, x.device)
@@ -339,16 +328,17 @@ def launch(x: Tensor, lengths: tuple[int, ...], config: Config) -> tuple[Tensor,
 
 
 def channel_blocks(channels: int, config: Config) -> tuple[int, dict[str, int]]:
-    """How many blocks of channels there are, their width and warps."""
-    width = min(config.channels, triton.next_power_of_2(channels))
-    return triton.cdiv(channels, width), {"BD": width, "num_warps": max(1, width // config.warp)}
+    """How many blocks of channels there are, and their sizes; narrow ones have fewer warps."""
+    width = min(config.block, triton.next_power_of_2(channels))
+    warps = max(1, config.num_warps * width // config.block)
+    return triton.cdiv(channels, width), {"BD": width, "num_warps": warps, "num_stages": config.num_stages}
 
 
 @lru_cache(maxsize=64)
 def block_table(lengths: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """int32 [blocks, 4]: of each block of up to `block` tokens the first one, the first and the end of its sequence,
     and which sequence that is. An empty sequence has one block too: its final state is its initial one."""
-    length = torch.tensor(lengths)
+    length = torch.tensor(lengths, dtype=torch.int64)
     per_sequence = ((length + block - 1) // block).clamp(min=1)
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), per_sequence)
     place = torch.arange(len(sequence)) - (per_sequence.cumsum(0) - per_sequence)[sequence]

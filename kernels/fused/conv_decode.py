@@ -6,13 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from deltarl.kernels.conv import check_conv_decode
-from deltarl.kernels.fused.conv import Config, activated, channel_blocks, present, tapped, taps_of
-
-CONFIG = Config(tokens=1, channels=512, warp=256)
+from deltarl.kernels.fused.configs import CONFIGS
+from deltarl.kernels.fused.conv import activated, channel_blocks, present, tapped, taps_of
 
 
 @triton.jit
-def decode_kernel(
+def conv_decode_kernel(
     x, weight, state, slots, y, stride, slot_stride, channel_stride, tap_stride, D,
     W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +46,9 @@ def causal_conv1d_decode_(
     check_conv_decode(x, weight, state, slots, activation)
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    parts, sizes = channel_blocks(x.shape[1], CONFIG)
+    parts, sizes = channel_blocks(x.shape[1], CONFIGS["conv_decode"])
     if len(x):
-        decode_kernel[(len(x) * parts,)](
+        conv_decode_kernel[(len(x) * parts,)](
             x, weight.contiguous(), state, slots, y, x.stride(0), *state.stride(), x.shape[1],
             W=weight.shape[1], SILU=activation == "silu", **sizes,
         )  # fmt: skip

@@ -9,11 +9,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deltarl.kernels.fused.configs import CONFIGS, Config
 from deltarl.kernels.gated_norm import check_gated_norm
 
-# Elements of a program's tile; tiles that one program of backward takes, and leaves one sum of dweight for.
-FORWARD_TILE, BACKWARD_TILE, BACKWARD_TILES = 4096, 2048, 8
-WARPS = 4
+# Tiles of a program of backward, which leaves one sum of dweight for them.
+BACKWARD_TILES = 8
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def activation(gate, SILU: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def gated_norm_kernel(
     x, gate, weight, y, rows, H, x_outer, x_inner, gate_outer, gate_inner, eps,
     V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def gated_norm_backward_kernel(
     x, gate, weight, dy, dx, dgate, dweight, rows, H, x_outer, x_inner, gate_outer, gate_inner, dy_outer, dy_inner, eps,
     V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -92,9 +92,9 @@ class GatedNorm(torch.autograd.Function):
         ctx.eps, ctx.silu = eps, silu
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rows, heads, (x, gate), strides = as_rows(x, gate)
-        sizes = tile_sizes(weight, FORWARD_TILE)
+        sizes = tile_sizes(weight, CONFIGS["gated_norm"])
         if rows:
-            forward_kernel[(triton.cdiv(rows, sizes["BR"]),)](
+            gated_norm_kernel[(triton.cdiv(rows, sizes["BR"]),)](
                 x, gate, weight, y, rows, heads, *strides, eps, SILU=silu, **sizes
             )
         return y
@@ -105,11 +105,11 @@ class GatedNorm(torch.autograd.Function):
         x, gate, weight = ctx.saved_tensors
         dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
         rows, heads, (x, gate, dy), strides = as_rows(x, gate, dy)
-        sizes = tile_sizes(weight, BACKWARD_TILE)
+        sizes = tile_sizes(weight, CONFIGS["gated_norm_backward"])
         programs = triton.cdiv(rows, sizes["BR"] * BACKWARD_TILES)
         dweight = torch.empty(programs, *weight.shape, dtype=torch.float32, device=weight.device)
         if rows:
-            backward_kernel[(programs,)](
+            gated_norm_backward_kernel[(programs,)](
                 x, gate, weight, dy, dx, dgate, dweight, rows, heads, *strides, ctx.eps, TILES=BACKWARD_TILES,
                 SILU=ctx.silu, **sizes,
             )  # fmt: skip
@@ -127,6 +127,6 @@ def as_rows(*tensors: Tensor) -> tuple[int, int, list[Tensor], list[int]]:
     return rows, heads, tensors, [stride for t in tensors for stride in t.stride()[:2]]
 
 
-def tile_sizes(weight: Tensor, elements: int) -> dict[str, int]:
+def tile_sizes(weight: Tensor, config: Config) -> dict[str, int]:
     width = triton.next_power_of_2(len(weight))
-    return {"V": len(weight), "BV": width, "BR": max(1, elements // width), "num_warps": WARPS}
+    return {"V": len(weight), "BV": width, "BR": max(1, config.block // width), **config.launch()}

@@ -41,16 +41,21 @@ def present(channel, D, condition):
 
 @triton.jit
 def taps_of(weight, channel, D, W: tl.constexpr):
-    """tap_0 to tap_3 in fp32; those from W on stand for nothing."""
-    inside = channel < D
-    tap0 = tl.load(weight + channel * W + W - 1, mask=inside, other=0.0).to(tl.float32)
-    tap1 = tl.load(weight + channel * W + W - 2, mask=inside, other=0.0).to(tl.float32)
-    tap2, tap3 = tap1, tap1
-    if W > 2:
-        tap2 = tl.load(weight + channel * W + W - 3, mask=inside, other=0.0).to(tl.float32)
-    if W > 3:
-        tap3 = tl.load(weight + channel * W, mask=inside, other=0.0).to(tl.float32)
-    return tap0, tap1, tap2, tap3
+    """tap_0 to tap_3 [BD] in fp32; those from W on stand for nothing. All W of a channel are one load, as they lie."""
+    column = tl.arange(0, 2 if W == 2 else 4)[None, :]
+    inside = (channel < D)[:, None] & (column < W)
+    b_weight = tl.load(weight + channel[:, None] * W + column, mask=inside, other=0.0).to(tl.float32)
+    if W == 2:
+        w0, w1 = tl.split(b_weight)
+        return w1, w0, w0, w0
+    else:
+        even, odd = tl.split(tl.reshape(b_weight, (channel.shape[0], 2, 2)))
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+        if W == 3:
+            return w2, w1, w0, w0
+        else:
+            return w3, w2, w1, w0
 
 
 @triton.jit

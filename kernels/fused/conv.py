@@ -127,9 +127,8 @@ def with_final_gradient(dx, dfinal, row, left, D, channel, W: tl.constexpr, DFIN
     """dx of a row with what comes from the final state, if it is one of the last W - 1 of those `left`."""
     if DFINAL:
         tap = row - left + W - 1
-        dx += tl.load(dfinal + tap * D + channel, mask=present(channel, D, (tap >= 0) & (tap < W - 1)), other=0.0).to(
-            tl.float32
-        )
+        here = present(channel, D, (tap >= 0) & (tap < W - 1))
+        dx += tl.load(dfinal + tap * D + channel, mask=here, other=0.0).to(tl.float32)
     return dx
 
 

@@ -144,11 +144,10 @@ def prepare(x: Inputs, for_backward: bool) -> Tiles:
         H=x.heads, SHARED=x.shared, K=x.key, C=CHUNK, **switches, KEEP_FACTORS=for_backward, PRECISION=x.precision(),
         **CONFIGS["prepare"].launch(),
     )  # fmt: skip
-    config = CONFIGS["solve"]
     solve_kernel[(x.heads, chunks.count)](
         x.v, x.beta, chunks.row, chunks.size, tiles.erase, tiles.w, tiles.u, tiles.inverse, v_stride, beta_stride,
-        **x.sizes(), BD=min(config.block, x.key, x.value), RAW=switches["RAW"], KEEP_INVERSE=for_backward,
-        PRECISION=x.precision(), **config.launch(),
+        **x.sizes(), RAW=switches["RAW"], KEEP_INVERSE=for_backward, PRECISION=x.precision(),
+        **CONFIGS["solve"].launch(),
     )  # fmt: skip
     return tiles
 

@@ -19,14 +19,14 @@ class Config:
 
 CONFIGS = {
     "prepare": Config(block=0, num_warps=4, num_stages=1),
-    "solve": Config(block=64, num_warps=4, num_stages=1),
+    "solve": Config(block=0, num_warps=4, num_stages=1),
     "scan": Config(block=128, num_warps=8, num_stages=3),
     "scan_backward": Config(block=128, num_warps=8, num_stages=3),
     "ends": Config(block=64, num_warps=4, num_stages=3),
     "ends_backward": Config(block=128, num_warps=8, num_stages=3),
     "join": Config(block=16, num_warps=8, num_stages=1),
     "scan_fp32": Config(block=16, num_warps=4, num_stages=1),
-    "value_gradients": Config(block=64, num_warps=4, num_stages=1),
+    "value_gradients": Config(block=128, num_warps=4, num_stages=1),
     "gradients": Config(block=64, num_warps=4, num_stages=1),
     "decode": Config(block=16, num_warps=4, num_stages=4),
     "decode_few": Config(block=32, num_warps=4, num_stages=1),

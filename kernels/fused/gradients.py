@@ -33,7 +33,7 @@ from deltarl.kernels.fused.tiles import (
     column_offsets,
     load_rows,
     not_after,
-    split,
+    raw_rows,
     store_rows,
     summed,
     tile_offsets,
@@ -43,8 +43,8 @@ from deltarl.kernels.fused.tiles import (
 
 @triton.jit
 def power_of_2(x):
-    """The largest power of 2 that is at most x >= 0, within 2^-100 and 2^100."""
-    bits = tl.minimum(tl.maximum(x, 2.0**-100), 2.0**100).to(tl.int32, bitcast=True) & 0x7F800000
+    """The largest power of 2 that is at most x >= 0, within 2^-60 and 2^60."""
+    bits = tl.minimum(tl.maximum(x, 2.0**-60), 2.0**60).to(tl.int32, bitcast=True) & 0x7F800000
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -75,17 +75,18 @@ def value_gradients_kernel(
     by_new, by_v, along_q = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
     for column in tl.range(0, V, BV, num_stages=1):
         values = column_offsets(tile, column, C, V, BV)
-        solved = tl.dot(solve, tl.load(dnew + values), input_precision=PRECISION)
-        b_new = tl.load(new + values)
-        by_v += tl.sum(solved * load_rows(v + head * V + column, first, v_stride, valid, C, BV), 1)
+        b_dnew, b_new = tl.load(dnew + values), tl.load(new + values)
+        b_v = raw_rows(v + head * V + column, first, v_stride, valid, C, BV)
+        b_do = raw_rows(do + head * V + column, first, H * V, valid, C, BV)
+        b_o = raw_rows(o + head * V + column, first, H * V, valid, C, BV)
+        along_q += tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+        solved = tl.dot(solve, b_dnew, input_precision=PRECISION)
+        by_v += tl.sum(solved * b_v.to(tl.float32), 1)
         by_new += tl.sum(solved * b_new.to(tl.float32), 1)
         store_rows(dv + head * V + column, solved * (b_beta * b_factor)[:, None], first, H * V, valid, C, BV)
         tl.debug_barrier()  # every thread has read dnew
         solved = solved.to(DT)
         tl.store(dnew + values, solved)
-        b_do = load_rows(do + head * V + column, first, H * V, valid, C, BV)
-        along_q += tl.sum(b_do * load_rows(o + head * V + column, first, H * V, valid, C, BV), 1)
-        b_do = b_do.to(DT)
         erased = tl.dot(solved, tl.trans(b_new), erased, input_precision=PRECISION)
         erased_back = tl.dot(b_new, tl.trans(solved), erased_back, input_precision=PRECISION)
         attended = tl.dot(b_do, tl.trans(b_new), attended, input_precision=PRECISION)
@@ -146,16 +147,14 @@ def gradients_kernel(
     head, block, chunk = tl.program_id(0) // (K // BK), tl.program_id(0) % (K // BK), tl.program_id(1)
     tile, column = chunk * H + head, block * BK
     DT: tl.constexpr = new.dtype.element_ty
-    ST: tl.constexpr = pairs.dtype.element_ty
     first = tl.load(chunk_row + chunk)
     valid = tl.arange(0, C) < tl.load(chunk_size + chunk)
     b_beta = write_strengths(beta, first, beta_stride, head, valid, C, RAW)
     smaller = 1.0 / tl.load(unit + tile)
 
-    b_g, _, _ = log2_decays(
-        g, A_log, dt_bias, first, g_stride, head, column, valid, bound, C, K, BK, RAW, BIAS, BOUNDED
-    )
-    b_g = b_g.to(ST)
+    b_g = raw_rows(g + head * K + column, first, g_stride, valid, C, BK)
+    b_g, _, _ = log2_decays(b_g, A_log, dt_bias, head, column, valid, bound, K, BK, RAW, BIAS, BOUNDED)
+    b_g = b_g.to(DT)
 
     b_dq, b_dk = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
     dk_start, dtotal = tl.zeros((C, BK), tl.float32), tl.zeros((BK,), tl.float32)
@@ -166,7 +165,7 @@ def gradients_kernel(
         values = column_offsets(tile, value, C, V, BV)
         b_dk = tl.dot(tl.load(new + values), tl.trans(b_dstate), b_dk, input_precision=PRECISION)
         b_state = tl.trans(b_state)
-        b_do = load_rows(do + head * V + value, first, H * V, valid, C, BV).to(DT)
+        b_do = raw_rows(do + head * V + value, first, H * V, valid, C, BV)
         b_dq = tl.dot(b_do, b_state, b_dq, input_precision=PRECISION)
         dk_start = tl.dot(tl.load(solved + values), b_state, dk_start, input_precision=PRECISION)
 
@@ -178,30 +177,29 @@ def gradients_kernel(
     q_factor, k_factor = tl.load(factors + per_row), tl.load(factors + per_row + C)
     b_q = load_rows(q + head // SHARED * K + column, first, q_stride, valid, C, BK) * (q_factor * scale)[:, None]
     b_k = load_rows(k + head // SHARED * K + column, first, k_stride, valid, C, BK) * k_factor[:, None]
+    b_q, b_k = b_q.to(DT), b_k.to(DT)
     if not RAW:
-        by_channels = tl.sum(dk_start * b_k, 1) * (tl.load(unit + tile) * tl.load(factor + tile))
+        by_channels = tl.sum(dk_start * b_k.to(tl.float32), 1) * (tl.load(unit + tile) * tl.load(factor + tile))
         tl.store(dbeta + ((1 + block) * rows + first + tl.arange(0, C)) * H + head, by_channels, mask=valid)
     dk_start *= b_beta[:, None]
     dtotal *= tl.load(decay + tile * K + column + tl.arange(0, BK)) * smaller
-    dtotal += tl.sum(b_dk * b_k, 0)
-    b_q, b_k = b_q.to(ST), b_k.to(ST)
+    dtotal += tl.sum(b_dk * b_k.to(tl.float32), 0)
     b_dq, b_dk, dlog = pair_gradients(
         b_q, b_k, b_g, spans, pairs + tile.to(tl.int64) * (3 * C * C),
         b_dq, b_dk + dk_start, dk_start - b_dk, C, PRECISION,
     )  # fmt: skip
-    diagonal = tl.load(pairs + tile.to(tl.int64) * (3 * C * C) + tl.arange(0, C) * (C + 1)).to(tl.float32)[:, None]
-    dlog = b_k.to(tl.float32) * dlog + b_q.to(tl.float32) * b_dq
-    b_dq += diagonal * b_k.to(tl.float32)
-    b_dk += diagonal * b_q.to(tl.float32)
-
+    diagonal = tl.load(pairs + tile.to(tl.int64) * (3 * C * C) + tl.arange(0, C) * (C + 1)).to(tl.float32)
+    unit_q, unit_k = b_q.to(tl.float32), b_k.to(tl.float32)
+    dlog = unit_k * dlog + unit_q * b_dq
     b_unit = tl.load(unit + tile) * tl.load(factor + tile)
-    b_dq *= (b_unit * scale * q_factor)[:, None]
-    b_dk *= (b_unit * k_factor)[:, None]
+    along_q, along_k = tl.load(along + per_row), tl.load(along + per_row + C)
+    b_dq = (b_dq + diagonal[:, None] * unit_k) * b_unit
+    b_dk = (b_dk + diagonal[:, None] * unit_q) * b_unit
     if L2NORM:
-        along_q = tl.load(along + per_row) * q_factor * q_factor
-        b_dq -= load_rows(q + head // SHARED * K + column, first, q_stride, valid, C, BK) * along_q[:, None]
-        along_k = tl.load(along + per_row + C) * k_factor * k_factor
-        b_dk -= load_rows(k + head // SHARED * K + column, first, k_stride, valid, C, BK) * along_k[:, None]
+        b_dq -= unit_q * (along_q / (scale * scale))[:, None]
+        b_dk -= unit_k * along_k[:, None]
+    b_dq *= (q_factor * scale)[:, None]
+    b_dk *= k_factor[:, None]
     store_rows(dq + head * K + column, b_dq, first, H * K, valid, C, BK)
     store_rows(dk + head * K + column, b_dk, first, H * K, valid, C, BK)
 
@@ -210,11 +208,9 @@ def gradients_kernel(
     if RAW and not BOUNDED:
         by_rate = dlog * summed(spans, FROM_START, b_g, C, PRECISION)
         tl.store(dA_log + tile * (K // BK) + block, tl.sum(tl.sum(by_rate, 1), 0) * b_unit * LN_2)
-    high, low = split(dlog, DT)
-    dlog = summed(spans, ONWARDS, high, C, PRECISION) + summed(spans, ONWARDS, low, C, PRECISION)
-    _, slope, raw = log2_decays(
-        g, A_log, dt_bias, first, g_stride, head, column, valid, bound, C, K, BK, RAW, BIAS, BOUNDED
-    )
+    raw_g = raw_rows(g + head * K + column, first, g_stride, valid, C, BK)
+    dlog = summed(spans, ONWARDS, dlog, C, "ieee" if tl.float32 == DT else "tf32x3")
+    _, slope, raw = log2_decays(raw_g, A_log, dt_bias, head, column, valid, bound, K, BK, RAW, BIAS, BOUNDED)
     slope *= b_unit
     b_dg = dlog * slope
     store_rows(dg + head * K + column, b_dg, first, H * K, valid, C, BK)

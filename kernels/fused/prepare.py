@@ -26,10 +26,9 @@ from deltarl.kernels.fused.tiles import (
     TO_END,
     apart,
     before,
-    column_offsets,
     gated,
-    load_rows,
     not_after,
+    raw_rows,
     summed,
     tile_offsets,
     unit_lower_inverse,
@@ -39,13 +38,13 @@ from deltarl.kernels.fused.tiles import (
 
 @triton.jit
 def log2_decays(
-    g, A_log, dt_bias, first, stride, head, column, valid, bound, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    RAW: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr,
+    raw, A_log, dt_bias, head, column, valid, bound, K: tl.constexpr, D: tl.constexpr, RAW: tl.constexpr,
+    BIAS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """[C, D] of the channels column..: the base-2 logarithm of each token's decay, the derivative of the natural one by
-    the raw gate, the raw gate."""
-    raw = load_rows(g + head * K + column, first, stride, valid, C, D)
-    value, slope = raw, tl.full((C, D), 1.0, tl.float32)
+    """From `raw` [C, D], the channels column.. of g: the base-2 logarithm of each token's decay, the derivative of the
+    natural one by the raw gate, the raw gate with its bias."""
+    raw = raw.to(tl.float32)
+    value, slope = raw, tl.full(raw.shape, 1.0, tl.float32)
     if RAW:
         if BIAS:
             raw += tl.load(dt_bias + head * K + column + tl.arange(0, D)).to(tl.float32)[None, :]
@@ -56,14 +55,13 @@ def log2_decays(
 
 
 @triton.jit
-def unit_rows(x, first, stride, valid, C: tl.constexpr, K: tl.constexpr, L2NORM: tl.constexpr):
-    """x / sqrt(sum x^2 + eps) [C, K] in fp32 and the factor [C]; x itself and ones without L2NORM."""
-    rows = load_rows(x, first, stride, valid, C, K)
+def unit_factor(rows, L2NORM: tl.constexpr):
+    """[C]: 1 / sqrt(sum x^2 + eps) of each row [C, K], or ones."""
     if L2NORM:
-        factor = 1.0 / tl.sqrt(tl.sum(rows * rows, 1) + L2_EPS)
-        return rows * factor[:, None], factor
+        rows = rows.to(tl.float32)
+        return 1.0 / tl.sqrt(tl.sum(rows * rows, 1) + L2_EPS)
     else:
-        return rows, tl.full((C,), 1.0, tl.float32)
+        return tl.full((rows.shape[0],), 1.0, tl.float32)
 
 
 @triton.jit
@@ -103,36 +101,38 @@ def prepare_kernel(
     head, chunk = tl.program_id(0), tl.program_id(1)
     tile = chunk * H + head
     DT: tl.constexpr = w.dtype.element_ty
-    ST: tl.constexpr = erase.dtype.element_ty
     first = tl.load(chunk_row + chunk)
     valid = tl.arange(0, C) < tl.load(chunk_size + chunk)
 
-    b_g, _, _ = log2_decays(g, A_log, dt_bias, first, g_stride, head, 0, valid, bound, C, K, K, RAW, BIAS, BOUNDED)
+    b_g = raw_rows(g + head * K, first, g_stride, valid, C, K)
+    b_q = raw_rows(q + head // SHARED * K, first, q_stride, valid, C, K)
+    b_k = raw_rows(k + head // SHARED * K, first, k_stride, valid, C, K)
+    b_g, _, _ = log2_decays(b_g, A_log, dt_bias, head, 0, valid, bound, K, K, RAW, BIAS, BOUNDED)
     tl.store(decay + tile * K + tl.arange(0, K), tl.exp2(tl.sum(b_g, 0)))
-    b_g = b_g.to(ST)
-    b_q, q_factor = unit_rows(q + head // SHARED * K, first, q_stride, valid, C, K, L2NORM)
-    b_k, k_factor = unit_rows(k + head // SHARED * K, first, k_stride, valid, C, K, L2NORM)
+    b_g = b_g.to(DT)
+    q_factor, k_factor = unit_factor(b_q, L2NORM), unit_factor(b_k, L2NORM)
     if KEEP_FACTORS:
         rows = tile * 2 * C + tl.arange(0, C)
         tl.store(factors + rows, q_factor)
         tl.store(factors + rows + C, k_factor)
-    b_q, b_k = (b_q * scale).to(ST), b_k.to(ST)
+    b_q = (b_q.to(tl.float32) * (q_factor * scale)[:, None]).to(DT)
+    b_k = (b_k.to(tl.float32) * k_factor[:, None]).to(DT)
     keys = tile_offsets(tile, C, K)
-    to_end = tl.exp2(summed(spans, TO_END, b_g, C, PRECISION)).to(ST)
-    tl.store(writer + keys, (b_k * to_end).to(DT))
-    since_start = tl.exp2(summed(spans, FROM_START, b_g, C, PRECISION)).to(ST)
-    tl.store(reader + keys, (b_q * since_start).to(DT))
-    tl.store(w + keys, (b_k * since_start).to(DT))
+    to_end = tl.exp2(summed(spans, TO_END, b_g, C, PRECISION)).to(DT)
+    tl.store(writer + keys, b_k * to_end)
+    since_start = tl.exp2(summed(spans, FROM_START, b_g, C, PRECISION)).to(DT)
+    tl.store(reader + keys, b_q * since_start)
+    tl.store(w + keys, b_k * since_start)
     b_attend, b_erase = pairs_of(b_q, b_k, b_g, spans, C, K, PRECISION)
     pairs = tile_offsets(tile, C, C)
     tl.store(attend + pairs, b_attend.to(DT))
-    tl.store(erase + pairs, b_erase.to(ST))
+    tl.store(erase + pairs, b_erase.to(DT))
 
 
 @triton.jit(do_not_specialize=["H", "beta_stride"])
 def solve_kernel(
     v, beta, chunk_row, chunk_size, erase, w, u, inverse, v_stride, beta_stride,
-    H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, RAW: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, RAW: tl.constexpr,
     KEEP_INVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program for one head of one chunk: `w`, k exp(G) until then, `u` and, if asked for, the inverse X."""
@@ -141,18 +141,16 @@ def solve_kernel(
     DT: tl.constexpr = w.dtype.element_ty
     first = tl.load(chunk_row + chunk)
     valid = tl.arange(0, C) < tl.load(chunk_size + chunk)
+    b_v = raw_rows(v + head * V, first, v_stride, valid, C, V)
+    keys = tile_offsets(tile, C, K)
+    b_k = tl.load(w + keys)
     b_beta = write_strengths(beta, first, beta_stride, head, valid, C, RAW)
     b_erase = tl.load(erase + tile_offsets(tile, C, C)).to(tl.float32) * b_beta[:, None]
-    b_inverse = unit_lower_inverse(b_erase, C, erase.dtype.element_ty, PRECISION)
+    b_inverse = unit_lower_inverse(b_erase, C, DT, PRECISION)
     if KEEP_INVERSE:
         tl.store(inverse + tile_offsets(tile, C, C), b_inverse.to(DT))
     b_inverse = (b_inverse * b_beta[None, :]).to(DT)
-    for column in tl.range(0, V, BD, num_stages=1):
-        b_v = load_rows(v + head * V + column, first, v_stride, valid, C, BD).to(DT)
-        b_u = tl.dot(b_inverse, b_v, input_precision=PRECISION)
-        tl.store(u + column_offsets(tile, column, C, V, BD), b_u.to(DT))
-    for column in tl.range(0, K, BD, num_stages=1):
-        keys = column_offsets(tile, column, C, K, BD)
-        b_w = tl.dot(b_inverse, tl.load(w + keys), input_precision=PRECISION)
-        tl.debug_barrier()  # every thread has read its part of k exp(G)
-        tl.store(w + keys, b_w.to(DT))
+    tl.store(u + tile_offsets(tile, C, V), tl.dot(b_inverse, b_v.to(DT), input_precision=PRECISION).to(DT))
+    b_w = tl.dot(b_inverse, b_k, input_precision=PRECISION)
+    tl.debug_barrier()  # every thread has read its part of k exp(G)
+    tl.store(w + keys, b_w.to(DT))

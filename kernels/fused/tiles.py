@@ -21,9 +21,15 @@ def row_offsets(first, stride, C: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def raw_rows(x, first, stride, valid, C: tl.constexpr, D: tl.constexpr):
+    """[C, D] in x's type, zero where not valid."""
+    return tl.load(x + row_offsets(first, stride, C, D), mask=valid[:, None], other=0.0)
+
+
+@triton.jit
 def load_rows(x, first, stride, valid, C: tl.constexpr, D: tl.constexpr):
     """[C, D] in fp32, zero where not valid."""
-    return tl.load(x + row_offsets(first, stride, C, D), mask=valid[:, None], other=0.0).to(tl.float32)
+    return raw_rows(x, first, stride, valid, C, D).to(tl.float32)
 
 
 @triton.jit

@@ -63,8 +63,8 @@ def against_fp64(x: dict, bounds: list[int] | None = None, state: bool = True, l
     def run(operator: Callable, values: dict, seed: int = 3) -> dict:
         o, final = operator(**values, output_final_state=True, **options)
         generator = torch.Generator("cuda").manual_seed(seed)
-        do, dfinal = (torch.randn(t.shape, generator=generator, device="cuda").to(o.dtype) for t in (o, final))
-        gradients = torch.autograd.grad((o, final), list(values.values()), (do, dfinal.to(final.dtype)))
+        do, dfinal = (torch.randn(t.shape, generator=generator, device="cuda").bfloat16() for t in (o, final))
+        gradients = torch.autograd.grad((o, final), list(values.values()), (do.to(o.dtype), dfinal.to(final.dtype)))
         return {"o": o.detach(), "state": final.detach(), **dict(zip(values, gradients, strict=True))}
 
     expected, got = run(kda_reference, exact), run(kda_chunk, ours)

@@ -68,6 +68,32 @@ def test_values_and_gradients_match_the_reference(name):
         assert rms_ratio(one, other) <= GRADIENT_RATIO, key
 
 
+HALF_LIMITS = {"o": 3e-3, "state": 3e-3, "q": 6e-3, "k": 6e-3, "v": 6e-3, "g": 12e-3, "beta": 12e-3}
+HALF_LIMITS |= {"A_log": 6e-3, "dt_bias": 6e-3, "initial_state": 6e-3}
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_fp16_products_stay_in_range(writes):
+    """Limits of the table that runs on a GPU. Without writes the pairs' gradients are 0 beside those of the states."""
+    generator, inputs = torch.Generator().manual_seed(1), raw_inputs(1, 70, 2, 64, 64)
+    if not writes:
+        inputs["beta"] -= 100.0
+    inputs["initial_state"] = torch.randn(1, 2, 64, 64, generator=generator)
+    inputs = {key: x if key in ("A_log", "dt_bias", "initial_state") else x.half() for key, x in inputs.items()}
+    leaves = {key: x.clone().requires_grad_() for key, x in inputs.items()}
+    exact = {key: x.requires_grad_() for key, x in doubled(inputs).items()}
+    o, state = kda_chunk(**leaves, output_final_state=True)
+    expected, expected_state = kda_reference(**exact, output_final_state=True)
+    do, dstate = torch.randn(o.shape, generator=generator).half(), torch.randn(state.shape, generator=generator)
+    got = torch.autograd.grad((o, state), list(leaves.values()), (do, dstate))
+    wanted = torch.autograd.grad((expected, expected_state), list(exact.values()), (do.double(), dstate.double()))
+    pairs = {"o": (o.detach(), expected.detach()), "state": (state.detach(), expected_state.detach())}
+    pairs |= {key: (one, other) for key, one, other in zip(inputs, got, wanted, strict=True)}
+    for key, (one, other) in pairs.items():
+        if other.abs().max() > 1e-20:
+            assert rms_ratio(one, other) <= HALF_LIMITS[key], key
+
+
 def test_what_follows_never_changes_what_came_before():
     first = {name: x.requires_grad_() for name, x in raw_inputs(1, 70, 1, 32, 32).items()}
     second = {name: x.detach().clone() for name, x in first.items()}

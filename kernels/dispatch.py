@@ -1,14 +1,13 @@
 """The one place that chooses which implementation of an operator runs, by the device of its first tensor.
 
-`TORCH` runs anywhere. A device type listed in `BY_DEVICE` overrides the operators it names, with the same signatures:
-Triton's on CUDA where DELTARL_KERNELS=triton is set. They are not the default until their whole test table passes on a
-GPU (docs/results/kernels.md).
-Autocast is off inside: every operator chooses its own precision.
+`TORCH` runs anywhere. On NVIDIA GPUs of the generation that the Triton kernels were tested on (Hopper) they take what
+`fused.operators` knows them to be right for. DELTARL_KERNELS=torch turns them off, DELTARL_KERNELS=triton has them run
+on other GPUs too. Autocast is off inside: every operator chooses its own precision.
 """
 
 import os
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 
@@ -27,29 +26,30 @@ TORCH: Mapping[str, Callable] = {
 }
 
 
-def _by_device() -> Mapping[str, Mapping[str, Callable]]:
-    """Triton's operators where DELTARL_KERNELS=triton asks for them. Raises ValueError for another value."""
-    choice = os.environ.get("DELTARL_KERNELS", "torch")
-    if choice == "torch":
-        return {}
-    if choice != "triton":
-        raise ValueError(f"DELTARL_KERNELS is {choice!r}: use torch, or triton")
+TESTED_CAPABILITY = (9, 0)
+CHOICE = os.environ.get("DELTARL_KERNELS")
+if CHOICE not in (None, "torch", "triton"):
+    raise ValueError(f"DELTARL_KERNELS is {CHOICE!r}: use torch, or triton")
+
+
+@cache
+def cuda_operators() -> Mapping[str, Callable]:
+    """What runs on the GPU of this process."""
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability() == TESTED_CAPABILITY
+    if CHOICE == "torch" or not (hopper or CHOICE == "triton"):
+        return TORCH
     from deltarl.kernels.fused import operators
 
-    names = ("kda_chunk", "kda_decode_", "gdn_chunk", "gdn_decode_")
-    names += ("causal_conv1d", "causal_conv1d_decode_", "gated_rms_norm")
-    return {"cuda": {name: getattr(operators, name) for name in names}}
-
-
-BY_DEVICE: Mapping[str, Mapping[str, Callable]] = _by_device()
+    return {name: getattr(operators, name, TORCH[name]) for name in TORCH}
 
 
 def _dispatched(name: str) -> Callable:
     @wraps(TORCH[name])
     def operator(*args, **kwargs):
         device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        chosen = cuda_operators() if device == "cuda" else TORCH
         with torch.autocast(device, enabled=False):
-            return BY_DEVICE.get(device, TORCH).get(name, TORCH[name])(*args, **kwargs)
+            return chosen[name](*args, **kwargs)
 
     return operator
 

@@ -70,6 +70,11 @@ class Inputs:
             "L2NORM": self.options.l2norm,
         }
 
+    def kind(self) -> tuple:
+        """What the forms of the kernels that this call needs depend on."""
+        types = tuple(x.dtype for x in (self.q, self.k, self.v, self.g, self.beta))
+        return types, self.key, self.value, self.shared, *self.switches().values(), self.options.keep_final
+
     def precision(self) -> str:
         return "ieee" if self.dtype == torch.float32 else "tf32"
 

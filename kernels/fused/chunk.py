@@ -5,6 +5,8 @@ and finds all other gradients for all chunks at once. Products of 16-bit inputs 
 among them brought into its range, and are summed in fp32; the states between the chunks are fp32.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,8 @@ from deltarl.kernels.fused.call import Inputs, Options, Tiles
 from deltarl.kernels.fused.chunks import CHUNK, chunks_of, spans
 from deltarl.kernels.fused.configs import CONFIGS
 from deltarl.kernels.fused.gradients import gradients_kernel, value_gradients_kernel
+from deltarl.kernels.fused.launch import compiled_together, launch
+from deltarl.kernels.fused.passage import Passage
 from deltarl.kernels.fused.prepare import prepare_kernel, solve_kernel
 from deltarl.kernels.fused.ranges import Scaled, into_range
 from deltarl.kernels.fused.scan import scan, scan_backward
@@ -81,12 +85,18 @@ class ChunkAttention(torch.autograd.Function):
         q, k, v, g, beta = (packed_rows(x) for x in (q, k, v, g, beta))
         initial = None if initial is None else initial.contiguous()
         inputs = Inputs(q, k, v, g, beta, A_log, dt_bias, options, product_dtype(q))
-        tiles = prepare(inputs, for_backward=False)
-        o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        final = None
-        if options.keep_final:
-            final = torch.empty(inputs.state_shape(), dtype=torch.float32, device=v.device)
-        ctx.passage = scan(inputs, tiles, initial, final=final, o=o)
+        # What backward keeps of `prepare` is little: a program that trains need not compile it in two forms.
+        training = any(ctx.needs_input_grad)
+
+        def work() -> tuple[Tensor, Tensor | None, Passage | None]:
+            o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+            final = None
+            if options.keep_final:
+                final = torch.empty(inputs.state_shape(), dtype=torch.float32, device=v.device)
+            return o, final, scan(inputs, prepare(inputs, for_backward=training), initial, final=final, o=o)
+
+        key = ("kda_chunk", training, inputs.kind(), initial is None)
+        o, final, ctx.passage = compiled_together(key, v.device, work)
         ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial, o)
         ctx.options = options
         return o, final
@@ -95,18 +105,27 @@ class ChunkAttention(torch.autograd.Function):
     def backward(ctx, do: Tensor, dfinal: Tensor | None):
         *tensors, initial, o = ctx.saved_tensors
         inputs = Inputs(*tensors, ctx.options, product_dtype(tensors[0]))
-        tiles = prepare(inputs, for_backward=True)
-        states = inputs.tiles(inputs.key, inputs.value)
-        passage = scan(inputs, tiles, initial, states=states, passage=ctx.passage)
-        dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
-        out = into_range(inputs, do.contiguous(), dfinal.contiguous() if ctx.options.keep_final else None)
-        dstates, dnew = scan_backward(inputs, tiles, out.do, out.dfinal, dinitial, passage)
-        kept = tiles.erase, tiles.inverse, tiles.factors, tiles.decay, o, out, states, dstates, tiles.u, dnew
-        del tiles  # the gradients need none of the others' memory
-        gradients = all_gradients(inputs, *kept)
-        if initial is not None:
-            dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)
-        return *gradients, dinitial, None
+        dfinal = dfinal.contiguous() if ctx.options.keep_final else None
+        work = partial(all_gradients, inputs, initial, o, do.contiguous(), dfinal, ctx.passage)
+        return compiled_together(("kda_chunk backward", inputs.kind(), initial is None), do.device, work)
+
+
+def all_gradients(
+    x: Inputs, initial: Tensor | None, o: Tensor, do: Tensor, dfinal: Tensor | None, passage: Passage | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, g, beta, A_log, dt_bias and the initial state (None where there is no such input), None."""
+    tiles = prepare(x, for_backward=True)
+    states = x.tiles(x.key, x.value)
+    passage = scan(x, tiles, initial, states=states, passage=passage)
+    dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
+    out = into_range(x, do, dfinal)
+    dstates, dnew = scan_backward(x, tiles, out.do, out.dfinal, dinitial, passage)
+    kept = tiles.erase, tiles.inverse, tiles.factors, tiles.decay, o, out, states, dstates, tiles.u, dnew
+    del tiles  # the gradients need none of the others' memory
+    gradients = chunk_gradients(x, *kept)
+    if initial is not None:
+        dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)
+    return *gradients, dinitial, None
 
 
 def product_dtype(q: Tensor) -> torch.dtype:
@@ -137,14 +156,16 @@ def prepare(x: Inputs, for_backward: bool) -> Tiles:
     )
     chunks, switches = x.options.chunks, x.switches()
     q_stride, k_stride, v_stride, g_stride, beta_stride = x.strides()
-    prepare_kernel[(x.heads, chunks.count)](
+    launch(
+        prepare_kernel, (x.heads, chunks.count),
         x.q, x.k, x.g, x.A_log, x.dt_bias, chunks.row, chunks.size, spans(x.q.device),
         tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.erase, tiles.factors, tiles.decay,
         q_stride, k_stride, g_stride, x.options.scale, x.options.bound,
         H=x.heads, SHARED=x.shared, K=x.key, C=CHUNK, **switches, KEEP_FACTORS=for_backward, PRECISION=x.precision(),
         **CONFIGS["prepare"].launch(),
     )  # fmt: skip
-    solve_kernel[(x.heads, chunks.count)](
+    launch(
+        solve_kernel, (x.heads, chunks.count),
         x.v, x.beta, chunks.row, chunks.size, tiles.erase, tiles.w, tiles.u, tiles.inverse, v_stride, beta_stride,
         **x.sizes(), RAW=switches["RAW"], KEEP_INVERSE=for_backward, PRECISION=x.precision(),
         **CONFIGS["solve"].launch(),
@@ -152,7 +173,7 @@ def prepare(x: Inputs, for_backward: bool) -> Tiles:
     return tiles
 
 
-def all_gradients(
+def chunk_gradients(
     x: Inputs,
     erase: Tensor | None,
     inverse: Tensor,
@@ -178,14 +199,16 @@ def all_gradients(
     chunks, switches = x.options.chunks, x.switches()
     q_stride, k_stride, v_stride, g_stride, beta_stride = x.strides()
     config = CONFIGS["value_gradients"]
-    value_gradients_kernel[(x.heads, chunks.count)](
+    launch(
+        value_gradients_kernel, (x.heads, chunks.count),
         x.v, x.beta, o, out.do, out.by_chunk, erase, inverse, new, dnew, pairs, unit, along,
         chunks.row, chunks.size, dv, dbeta, v_stride, beta_stride,
         H=x.heads, V=x.value, C=CHUNK, BV=min(config.block, x.value), RAW=switches["RAW"], PRECISION=x.precision(),
         **config.launch(),
     )  # fmt: skip
     config = CONFIGS["gradients"]
-    gradients_kernel[(x.heads * blocks, chunks.count)](
+    launch(
+        gradients_kernel, (x.heads * blocks, chunks.count),
         x.q, x.k, x.g, x.beta, x.A_log, x.dt_bias, out.do, out.by_chunk, states, dstates, new, dnew, pairs, unit,
         factors, along, decay, chunks.row, chunks.size, spans(x.q.device), dq, dk, dg, dbeta, dA_log, ddt_bias,
         q_stride, k_stride, g_stride, beta_stride, x.options.scale, x.options.bound, x.beta[..., 0].numel(),

@@ -1,4 +1,6 @@
-"""Tile widths, warps and pipeline stages of each kernel, measured offline; nothing is tuned while a program runs.
+"""Tile widths, warps and pipeline stages of each kernel, measured offline on an H100 with
+tools/tune_kernels.py; nothing is tuned while a program runs. NARROW is for GPUs with less shared memory than an H100's
+227 KiB for a program, not measured.
 
 `block` is what one step works on: channels (prepare, gradients, conv), numbers of whole rows (gated_norm), or state
 columns (the others).
@@ -28,8 +30,8 @@ CONFIGS = {
     "scan_fp32": Config(block=16, num_warps=4, num_stages=1),
     "value_gradients": Config(block=128, num_warps=4, num_stages=1),
     "gradients": Config(block=64, num_warps=4, num_stages=1),
-    "decode": Config(block=16, num_warps=4, num_stages=4),
-    "decode_few": Config(block=32, num_warps=4, num_stages=1),
+    "decode": Config(block=64, num_warps=4, num_stages=1),
+    "decode_normed": Config(block=128, num_warps=8, num_stages=1),
     "ranges": Config(block=0, num_warps=4, num_stages=1),
     "gdn_prepare": Config(block=128, num_warps=4, num_stages=1),
     "gdn_pair_gradients": Config(block=64, num_warps=4, num_stages=1),
@@ -39,4 +41,12 @@ CONFIGS = {
     "conv_decode": Config(block=512, num_warps=2, num_stages=1),
     "gated_norm": Config(block=4096, num_warps=4, num_stages=1),
     "gated_norm_backward": Config(block=2048, num_warps=4, num_stages=1),
+}
+
+SHARED_MEMORY = 225 * 2**10
+NARROW = {
+    "scan": Config(block=64, num_warps=4, num_stages=1),
+    "scan_backward": Config(block=64, num_warps=4, num_stages=1),
+    "ends": Config(block=64, num_warps=4, num_stages=1),
+    "ends_backward": Config(block=64, num_warps=4, num_stages=1),
 }

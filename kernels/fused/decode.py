@@ -14,10 +14,6 @@ from deltarl.kernels.fused.configs import CONFIGS
 from deltarl.kernels.fused.tiles import L2_EPS, gated
 from deltarl.kernels.inputs import check_arguments, check_decoding
 
-# Below this many heads of sequences, a program for each would leave most of a GPU idle.
-FEW_HEADS = 1024
-EVICTION = ""
-
 
 @triton.jit
 def row_of(x, D: tl.constexpr):
@@ -36,7 +32,7 @@ def decode_kernel(
     q_stride, k_stride, v_stride, g_stride, beta_stride, slot_stride, gate_stride, scale, bound, norm_eps,
     H, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STEPS: tl.constexpr,
     STAGES: tl.constexpr, WIDTH: tl.constexpr, RAW: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr,
-    L2NORM: tl.constexpr, NORM: tl.constexpr, EVICT: tl.constexpr,
+    L2NORM: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """One program for STEPS blocks of BV columns of the state of one head of one sequence, the blocks to come being
     loaded while one is worked on; g has WIDTH (K or 1) decays a head."""
@@ -55,7 +51,7 @@ def decode_kernel(
 
     corner = state + slot * slot_stride + head * (K * V) + first + channel[:, None] * V + column[None, :]
     if STEPS == 1:
-        b_state = tl.load(corner, eviction_policy=EVICT)
+        b_state = tl.load(corner)
     b_q = row_of(q + sequence * q_stride + head // SHARED * K, K)
     b_k = row_of(k + sequence * k_stride + head // SHARED * K, K)
     b_g = row_of(g + sequence * g_stride + head * WIDTH, WIDTH)
@@ -76,10 +72,10 @@ def decode_kernel(
     v += sequence * v_stride + head * V + first + column
     for step in tl.range(0, STEPS, num_stages=STAGES):
         if STEPS > 1:
-            b_state = tl.load(corner + step * BV, eviction_policy=EVICT)  # [K, BV]
+            b_state = tl.load(corner + step * BV)  # [K, BV]
         recalled, answered = tl.split(tl.sum(tl.join(b_state * writer, b_state * reader), 0))
         new = b_beta * (tl.load(v + step * BV).to(tl.float32) - recalled)
-        tl.store(corner + step * BV, b_state * decay + key * new[None, :], eviction_policy=EVICT)
+        tl.store(corner + step * BV, b_state * decay + key * new[None, :])
         b_o = tl.where(tl.arange(0, STEPS)[:, None] == step, ((answered + match * new) * scale)[None, :], b_o)
     if NORM:
         b_o *= 1.0 / tl.sqrt(total(b_o * b_o) / V + norm_eps) * tl.load(norm_weight + columns).to(tl.float32)
@@ -122,16 +118,16 @@ def kda_decode_(
     q, k, v, g, beta = (rows(x) for x in (q, k, v, g, beta))
     normed = norm_weight is not None
     norm_gate = rows(norm_gate) if normed else None
-    few = count * heads < FEW_HEADS and not normed
-    config = CONFIGS["decode_few" if few else "decode"]
+    # The output's norm needs a whole head in one program; without it, programs of a few columns are a little faster.
+    config = CONFIGS["decode_normed" if normed else "decode"]
     block = min(width, config.block)
-    steps = 1 if few else width // block
+    steps = width // block if normed else 1
     decode_kernel[(count * heads * (width // (block * steps)),)](
         q, k, v, g, beta, A_log, dt_bias, state, slots, norm_weight, norm_gate, o,
         *(x.stride(0) for x in (q, k, v, g, beta, state)), norm_gate.stride(0) if normed else 0,
         key**-0.5 if scale is None else scale, gate_lower_bound, norm_eps,
         H=heads, SHARED=heads // q.shape[1], K=key, V=width, BV=block, STEPS=steps, STAGES=config.num_stages,
         WIDTH=g.shape[-1], RAW=A_log is not None, BIAS=dt_bias is not None, BOUNDED=gate_lower_bound is not None,
-        L2NORM=use_qk_l2norm, NORM=normed, EVICT=EVICTION, num_warps=config.num_warps,
+        L2NORM=use_qk_l2norm, NORM=normed, num_warps=config.num_warps,
     )  # fmt: skip
     return o

@@ -5,6 +5,8 @@ Products are fp16 (fp32 for fp32 inputs) summed in fp32, gradients brought into 
 goes from chunk to chunk is fp32.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from deltarl.kernels.fused.chunk import packed_rows, product_dtype, widened
 from deltarl.kernels.fused.chunks import chunks_of
 from deltarl.kernels.fused.gdn_gradients import gdn_gradients
 from deltarl.kernels.fused.gdn_prepare import gdn_prepare
+from deltarl.kernels.fused.launch import compiled_together
+from deltarl.kernels.fused.passage import Passage
 from deltarl.kernels.fused.ranges import into_range
 from deltarl.kernels.fused.scan import scan, scan_backward
 from deltarl.kernels.inputs import check_arguments, sequence_lengths
@@ -65,27 +69,41 @@ class GatedDelta(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial)
         ctx.options = options
         inputs = Inputs(q, k, v, g, beta, A_log, dt_bias, options, product_dtype(q))
-        tiles = gdn_prepare(inputs, for_backward=False)
-        o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        final = None
-        if options.keep_final:
-            final = torch.empty(inputs.state_shape(), dtype=torch.float32, device=v.device)
-        ctx.passage = scan(inputs, tiles, initial, final=final, o=o)
+        training = any(ctx.needs_input_grad)
+
+        def work() -> tuple[Tensor, Tensor | None, Passage | None]:
+            o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+            final = None
+            if options.keep_final:
+                final = torch.empty(inputs.state_shape(), dtype=torch.float32, device=v.device)
+            return o, final, scan(inputs, gdn_prepare(inputs, for_backward=training), initial, final=final, o=o)
+
+        key = ("gdn_chunk", training, inputs.kind(), initial is None)
+        o, final, ctx.passage = compiled_together(key, v.device, work)
         return o, final
 
     @staticmethod
     def backward(ctx, do: Tensor, dfinal: Tensor | None):
         *tensors, initial = ctx.saved_tensors
         inputs = Inputs(*tensors, ctx.options, product_dtype(tensors[0]))
-        tiles = gdn_prepare(inputs, for_backward=True)
-        states = inputs.tiles(inputs.key, inputs.value)
-        passage = scan(inputs, tiles, initial, states=states, passage=ctx.passage)
-        out = into_range(inputs, do.contiguous(), dfinal.contiguous() if ctx.options.keep_final else None)
-        dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
-        dstates, dnew = scan_backward(inputs, tiles, out.do, out.dfinal, dinitial, passage)
-        kept = tiles.tokens, tiles.attend, tiles.erase, tiles.inverse, tiles.u
-        del tiles  # the gradients need none of the others' memory
-        gradients = gdn_gradients(inputs, out, *kept, dnew, states, dstates)
-        if initial is not None:
-            dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)
-        return *gradients, dinitial, None
+        dfinal = dfinal.contiguous() if ctx.options.keep_final else None
+        work = partial(all_gradients, inputs, initial, do.contiguous(), dfinal, ctx.passage)
+        return compiled_together(("gdn_chunk backward", inputs.kind(), initial is None), do.device, work)
+
+
+def all_gradients(
+    x: Inputs, initial: Tensor | None, do: Tensor, dfinal: Tensor | None, passage: Passage | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, g, beta, A_log, dt_bias and the initial state (None where there is no such input), None."""
+    tiles = gdn_prepare(x, for_backward=True)
+    states = x.tiles(x.key, x.value)
+    passage = scan(x, tiles, initial, states=states, passage=passage)
+    out = into_range(x, do, dfinal)
+    dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
+    dstates, dnew = scan_backward(x, tiles, out.do, out.dfinal, dinitial, passage)
+    kept = tiles.tokens, tiles.attend, tiles.erase, tiles.inverse, tiles.u
+    del tiles  # the gradients need none of the others' memory
+    gradients = gdn_gradients(x, out, *kept, dnew, states, dstates)
+    if initial is not None:
+        dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)
+    return *gradients, dinitial, None

@@ -32,6 +32,7 @@ from deltarl.kernels.fused.gdn_prepare import (
     pair_decays,
     token_row,
 )
+from deltarl.kernels.fused.launch import launch
 from deltarl.kernels.fused.ranges import Scaled
 from deltarl.kernels.fused.tiles import before, column_offsets, load_rows, store_rows, tile_offsets
 
@@ -189,13 +190,15 @@ def gdn_gradients(
     chunks = x.options.chunks
     q_stride, k_stride, v_stride, g_stride, _ = x.strides()
     config = CONFIGS["gdn_pair_gradients"]
-    gdn_pair_gradients_kernel[(x.heads, chunks.count)](
+    launch(
+        gdn_pair_gradients_kernel, (x.heads, chunks.count),
         x.v, out.do, out.by_chunk, tokens, attend, erase, inverse, new, dnew,
         chunks.row, chunks.size, dattend, derase, dv, dbeta_part, dlog_part, v_stride, x.options.scale,
         H=x.heads, V=x.value, C=CHUNK, BV=min(config.block, x.value), PRECISION=x.precision(), **config.launch(),
     )  # fmt: skip
     config = CONFIGS["gdn_gradients"]
-    gdn_gradients_kernel[(x.heads // x.shared, chunks.count)](
+    launch(
+        gdn_gradients_kernel, (x.heads // x.shared, chunks.count),
         x.q, x.k, x.g, x.A_log, x.dt_bias, out.do, out.by_chunk, tokens, states, dstates, new, dnew,
         dattend, derase, dbeta_part, dlog_part, dlog_read, chunks.row, chunks.size, dq, dk, dg, dbeta, dA_log, ddt_bias,
         q_stride, k_stride, g_stride, x.options.scale, x.options.bound,

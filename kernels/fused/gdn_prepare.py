@@ -21,6 +21,7 @@ from torch import Tensor
 from deltarl.kernels.fused.call import Inputs, Tiles
 from deltarl.kernels.fused.chunks import CHUNK
 from deltarl.kernels.fused.configs import CONFIGS
+from deltarl.kernels.fused.launch import launch
 from deltarl.kernels.fused.tiles import (
     L2_EPS,
     LOWEST_LOG_DECAY,
@@ -177,7 +178,8 @@ def gdn_prepare(x: Inputs, for_backward: bool) -> GdnTiles:
         tokens=x.tiles(TOKEN_ROWS.value, CHUNK, dtype=torch.float32),
     )
     chunks, config = x.options.chunks, CONFIGS["gdn_prepare"]
-    gdn_prepare_kernel[(x.heads, chunks.count)](
+    launch(
+        gdn_prepare_kernel, (x.heads, chunks.count),
         x.q, x.k, x.v, x.g, x.beta, x.A_log, x.dt_bias, chunks.row, chunks.size,
         tiles.w, tiles.u, tiles.reader, tiles.writer, tiles.attend, tiles.erase, tiles.inverse, tiles.decay,
         tiles.tokens, *x.strides(), x.options.scale, x.options.bound,

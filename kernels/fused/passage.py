@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deltarl.kernels.fused.call import Inputs, Tiles
+from deltarl.kernels.fused.launch import launch
 from deltarl.kernels.fused.segments import Segments
 from deltarl.kernels.fused.step import (
     backward_step,
@@ -128,11 +129,12 @@ def passage_of(x: Inputs, tiles: Tiles, initial: Tensor | None, segments: Segmen
     if not len(segments.early):
         return None
     after, through = (empty_states(x, segments, columns) for columns in (x.value, x.key))
-    width, launch = by_columns("ends", x)
-    ends_kernel[((x.value + x.key) // width, x.heads, len(segments.early))](
+    width, options = by_columns("ends", x)
+    launch(
+        ends_kernel, ((x.value + x.key) // width, x.heads, len(segments.early)),
         tiles.w, tiles.u, tiles.writer, tiles.decay, initial, after, through,
         segments.early, segments.opens, segments.bounds,
-        **x.sizes(), BV=width, HAS_INITIAL=initial is not None, PRECISION=x.precision(), **launch,
+        **x.sizes(), BV=width, HAS_INITIAL=initial is not None, PRECISION=x.precision(), **options,
     )  # fmt: skip
     join(x, after, through, segments, backward=False)
     return Passage(after, through)
@@ -148,11 +150,12 @@ def passage_gradient(
 ) -> Tensor:
     """The gradient of the state after each segment but the last of its sequence, [segments, H, K, V]."""
     dafter, chunks = torch.empty_like(passage.after), x.options.chunks
-    width, launch = by_columns("ends_backward", x)
-    ends_backward_kernel[(x.value // width, x.heads, len(segments.late))](
+    width, options = by_columns("ends_backward", x)
+    launch(
+        ends_backward_kernel, (x.value // width, x.heads, len(segments.late)),
         tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, do, dfinal, dafter,
         segments.late, segments.closes, segments.bounds, chunks.row, chunks.size,
-        **x.sizes(), BV=width, HAS_FINAL=dfinal is not None, PRECISION=x.precision(), **launch,
+        **x.sizes(), BV=width, HAS_FINAL=dfinal is not None, PRECISION=x.precision(), **options,
     )  # fmt: skip
     join(x, dafter, passage.through, segments, backward=True)
     return dafter
@@ -160,10 +163,11 @@ def passage_gradient(
 
 def join(x: Inputs, after: Tensor, through: Tensor, segments: Segments, *, backward: bool) -> None:
     sequences = len(segments.of_sequence) - 1
-    width, launch = by_columns("join", x)
-    join_kernel[(x.value // width, x.heads, sequences)](
+    width, options = by_columns("join", x)
+    launch(
+        join_kernel, (x.value // width, x.heads, sequences),
         after, through, segments.of_sequence, x.heads, K=x.key, V=x.value, BV=width, BACKWARD=backward,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3", **launch,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3", **options,
     )  # fmt: skip
 
 

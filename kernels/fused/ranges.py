@@ -15,6 +15,7 @@ from torch import Tensor
 from deltarl.kernels.fused.call import Inputs
 from deltarl.kernels.fused.chunks import CHUNK
 from deltarl.kernels.fused.configs import CONFIGS
+from deltarl.kernels.fused.launch import launch
 from deltarl.kernels.fused.tiles import load_rows, store_rows
 
 
@@ -53,7 +54,7 @@ def into_range(x: Inputs, do: Tensor, dfinal: Tensor | None) -> Scaled:
     chunks, config = x.options.chunks, CONFIGS["ranges"]
     grid, shape = (x.heads, chunks.count), {"H": x.heads, "C": CHUNK, "D": x.value}
     largest = x.tiles(dtype=torch.float32)
-    largest_kernel[grid](do, chunks.row, chunks.size, largest, **shape, **config.launch())
+    launch(largest_kernel, grid, do, chunks.row, chunks.size, largest, **shape, **config.launch())
     per_sequence = chunks.bounds.diff().long()
     sequence = torch.repeat_interleave(per_sequence, output_size=chunks.count)
     of_sequence = largest.new_zeros(len(per_sequence), x.heads)
@@ -64,6 +65,6 @@ def into_range(x: Inputs, do: Tensor, dfinal: Tensor | None) -> Scaled:
     power = (of_sequence.view(torch.int32) >> 23).clamp(5, 249)
     by_sequence, factor = (bits.bitwise_left_shift(23).view(torch.float32) for bits in (power + 4, 250 - power))
     scaled = torch.empty(do.shape, dtype=x.dtype, device=do.device)
-    multiply_kernel[grid](do, factor[sequence], chunks.row, chunks.size, scaled, **shape, **config.launch())
+    launch(multiply_kernel, grid, do, factor[sequence], chunks.row, chunks.size, scaled, **shape, **config.launch())
     dfinal = None if dfinal is None else dfinal * factor[..., None, None]
     return Scaled(scaled, dfinal, by_sequence[sequence], by_sequence)

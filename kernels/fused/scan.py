@@ -6,6 +6,7 @@ from torch import Tensor
 
 from deltarl.kernels.fused.call import Inputs, Tiles
 from deltarl.kernels.fused.chunks import CHUNK
+from deltarl.kernels.fused.launch import launch
 from deltarl.kernels.fused.passage import Passage, passage_gradient, passage_of
 from deltarl.kernels.fused.segments import Segments, segments_of
 from deltarl.kernels.fused.step import (
@@ -133,13 +134,14 @@ def scan(
     """
     segments, chunks = segments_for(x), x.options.chunks
     passage = passage or passage_of(x, tiles, initial, segments)
-    width, launch = by_columns("scan", x)
-    scan_kernel[(x.value // width, x.heads, segments.count)](
+    width, options = by_columns("scan", x)
+    launch(
+        scan_kernel, (x.value // width, x.heads, segments.count),
         tiles.w, tiles.u, tiles.reader, tiles.writer, tiles.attend, tiles.decay, initial,
         passage and passage.after, final, o, states,
         chunks.row, chunks.size, segments.bounds, segments.opens, segments.closes,
         **x.sizes(), BV=width, HAS_INITIAL=initial is not None, CUT=passage is not None, KEEP_FINAL=final is not None,
-        KEEP_STATES=states is not None, PRECISION=x.precision(), **launch,
+        KEEP_STATES=states is not None, PRECISION=x.precision(), **options,
     )  # fmt: skip
     return passage
 
@@ -155,13 +157,14 @@ def scan_backward(
     """dS' of each chunk and dnew; fills dinitial. `passage` is the forward scan's."""
     segments, chunks = segments_for(x), x.options.chunks
     dafter = None if passage is None else passage_gradient(x, tiles, do, dfinal, passage, segments)
-    width, launch = by_columns("scan_backward", x)
+    width, options = by_columns("scan_backward", x)
     dstates, dnew = x.tiles(x.key, x.value), x.tiles(CHUNK, x.value)
-    scan_backward_kernel[(x.value // width, x.heads, segments.count)](
+    launch(
+        scan_backward_kernel, (x.value // width, x.heads, segments.count),
         tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, do, dfinal, dafter, dinitial, dstates, dnew,
         chunks.row, chunks.size, segments.bounds, segments.opens, segments.closes,
         **x.sizes(), BV=width, HAS_FINAL=dfinal is not None, CUT=dafter is not None, KEEP_INITIAL=dinitial is not None,
-        PRECISION=x.precision(), **launch,
+        PRECISION=x.precision(), **options,
     )  # fmt: skip
     return dstates, dnew
 

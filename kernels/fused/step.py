@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from deltarl.kernels.fused.call import Inputs
-from deltarl.kernels.fused.configs import CONFIGS
+from deltarl.kernels.fused.configs import CONFIGS, NARROW, SHARED_MEMORY
 
 
 @triton.jit
@@ -108,6 +108,8 @@ def backward_step(
 def by_columns(name: str, x: Inputs) -> tuple[int, dict[str, int]]:
     """How many columns of the state a program of the kernel `name` holds, and its launch options."""
     config = CONFIGS["scan_fp32" if x.dtype == torch.float32 else name]
+    if x.q.is_cuda and torch.cuda.get_device_properties(x.q.device).shared_memory_per_block_optin < SHARED_MEMORY:
+        config = NARROW.get(name, config)
     width = min(config.block, x.key, x.value)
     return width, {
         **config.launch(),

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from deltarl.kernels import kda_reference
-from deltarl.kernels.fused import decode, operators
+from deltarl.kernels.fused import operators
 
 # o is rounded to its dtype: a half of 2^-8, 2^-11, 2^-24. The states are fp32, whatever the inputs are.
 LIMITS = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 1e-5}
@@ -132,10 +132,9 @@ def far() -> str:
 
 def cases() -> dict:
     """By name: what `against_fp64` is given, or a function of its own."""
-    few = decode.FEW_HEADS
     table: dict = {"CUDA graph, padding": graph, "pool of 8.8 GB": far}
     for key, value in itertools.product(SIZES, SIZES):
-        for heads, count in ((2, 3), (few // 8, 9)):
+        for heads, count in ((2, 3), (128, 9)):
             table[f"K={key} V={value}, {count} of {heads} heads"] = ((count, heads, key, value), {}, {})
         table[f"K={key} V={value}, norm"] = ((5, 2, key, value), {}, {"norm": True})
     for gate in ("bounded", "log-decay"):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from kda_inputs import raw_inputs, rms_ratio
 
-from deltarl.kernels.fused import decode
 from deltarl.kernels.fused.decode import kda_decode_
 from deltarl.kernels.recurrent import kda_decode_ as kda_decode_torch
 
@@ -41,12 +40,14 @@ def test_gates_and_decays_per_head_and_per_channel(width, bound):
     both(one_token(width=width), gate_lower_bound=bound)
 
 
-@pytest.mark.parametrize(("key", "value"), [(64, 16), (16, 16), (32, 32)])
-def test_the_columns_of_a_head_in_one_program_and_in_several(key, value, monkeypatch):
-    inputs = one_token(key, value)
-    both(inputs)
-    monkeypatch.setattr(decode, "FEW_HEADS", 0)
-    both(inputs)
+@pytest.mark.parametrize(("key", "value"), [(64, 16), (16, 16), (16, 128)])
+def test_the_columns_of_a_head_in_one_program_and_in_several(key, value):
+    both(one_token(key, value))
+
+
+def test_the_columns_of_a_head_one_after_the_other_before_its_norm():
+    inputs = one_token(16, 256)
+    both(inputs, norm_weight=torch.randn(256), norm_gate=torch.randn(3, 4, 256))
 
 
 def test_a_log_decay_of_the_callers_without_norms():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from deltarl.kernels.dispatch import BY_DEVICE
+from deltarl.kernels.dispatch import TORCH, cuda_operators
 from deltarl.rl.bench.kernels.cases import CASES, Case
 from deltarl.rl.bench.kernels.command import selected
 from deltarl.rl.bench.kernels.gpu import copy_rate, gpu_seconds, kernel_seconds, peak_bytes
@@ -47,8 +47,10 @@ def bench_cuda(as_json: bool, patterns: Sequence[str], peer: str, out: str | Non
     dispatcher would run torch's code as ours."""
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU")
-    if "cuda" not in BY_DEVICE:
-        raise UserError("DELTARL_KERNELS=triton is not set: ours would be the torch code itself")
+    if cuda_operators() is TORCH:
+        raise UserError(
+            "ours would be the torch code itself: this GPU is no Hopper, or DELTARL_KERNELS is torch; set it to triton"
+        )
     peers, cases = peers_of(peer), selected((*CASES, *FIRST_CALLS), patterns)
     report = Report(about("fla" in peers), out, as_json=as_json)
     rows = {case.name: Row(case.name, case.what) for case in cases}

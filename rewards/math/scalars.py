@@ -26,7 +26,7 @@ from deltarl.rewards.math.sympy_trees import Assumption
 
 PROBES = 8
 PROBES_NEEDED = 3
-LONE_DECIMAL_DIGITS = 3
+LONE_DECIMAL_DIGITS = 2
 PAIR_DECIMAL_DIGITS = 5
 
 

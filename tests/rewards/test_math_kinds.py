@@ -28,6 +28,7 @@ SAME = {
         ("\\sqrt2", "\\sqrt{2} \\approx 1.41"),
         ("7", "7 \\approx 7.0001"),
     ],
+    "digits that the gold shows": [("0.33", "1/3"), ("0.67", "\\frac23"), ("3.14", "\\pi")],
     "taken back": [("7", "7\\text{ cm}"), ("7", "(7)"), ("7", "[7]")],
     "repeating decimals": [
         ("0.\\overline{3}", "1/3"),
@@ -156,6 +157,7 @@ SAME = {
 }
 
 DIFFERENT = {
+    "digits that the gold shows": [("0.3", "1/3"), ("0.34", "1/3"), ("0.66", "2/3"), ("3.15", "\\pi")],
     "numbers": [
         ("9.11", "9.9"),
         ("1.5", "15"),

@@ -51,7 +51,7 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def against_fp64(x: dict, bounds: list[int] | None = None, state: bool = True, limits: dict = LIMITS, **options) -> str:
     """Values and gradients; the same again, bit for bit, with freed memory full of NaN."""
-    batch, _, heads, key = x["q"].shape
+    (batch, _, heads), key = x["v"].shape[:3], x["q"].shape[-1]
     if bounds is not None:
         options["cu_seqlens"] = torch.tensor(bounds, device="cuda", dtype=torch.int32)
     sequences = batch if bounds is None else len(bounds) - 1
@@ -186,10 +186,16 @@ def log_decay_cases() -> dict[str, Callable]:
     }
 
 
+def shared_heads() -> dict:
+    x = inputs(2, 130, 6)
+    return {**x, "q": x["q"][:, :, :3].contiguous(), "k": x["k"][:, :, :3].contiguous()}
+
+
 def narrow_cases() -> dict[str, Callable]:
     return {
         "K=64 V=32, 1 head": lambda: against_fp64(inputs(2, 130, 1, 64, 32)),
         "K=32 V=64, 5 heads": lambda: against_fp64(inputs(1, 130, 5, 32, 64)),
+        "6 heads of v, 3 of q and k": lambda: against_fp64(shared_heads()),
     }
 
 

@@ -126,5 +126,12 @@ def test_value_heads_share_key_heads_and_a_decay_per_head():
     inputs = raw_inputs(1, 20, 2, 32, 32)
     inputs["q"], inputs["k"], inputs["g"] = inputs["q"][:, :, :1], inputs["k"][:, :, :1], inputs["g"][..., :1]
     inputs["dt_bias"] = inputs["dt_bias"][:2]
-    expected, _ = kda_reference(**doubled(inputs))
-    assert rms_ratio(kda_chunk(**inputs)[0], expected) <= VALUE_RATIO
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    exact = {name: x.requires_grad_() for name, x in doubled(inputs).items()}
+    o, expected = kda_chunk(**leaves)[0], kda_reference(**exact)[0]
+    assert rms_ratio(o.detach(), expected.detach()) <= VALUE_RATIO
+    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    got = torch.autograd.grad(o, list(leaves.values()), do)
+    wanted = torch.autograd.grad(expected, list(exact.values()), do.double())
+    for name, one, other in zip(inputs, got, wanted, strict=True):
+        assert one.shape == other.shape and rms_ratio(one, other) <= GRADIENT_RATIO, name

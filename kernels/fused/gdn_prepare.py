@@ -30,7 +30,7 @@ from deltarl.kernels.fused.tiles import (
     gated,
     load_rows,
     not_after,
-    row_offsets,
+    raw_rows,
     split,
     tile_offsets,
     unit_lower_inverse,
@@ -87,12 +87,6 @@ def pair_decays(tokens, tile, C: tl.constexpr, PRECISION: tl.constexpr):
     until = tl.where(not_after(C), 1.0, 0.0).to(ST)
     between = tl.dot(until, low, tl.dot(until, high, input_precision=PRECISION), input_precision=PRECISION)
     return tl.where(not_after(C), tl.exp(between), 0.0)
-
-
-@triton.jit
-def raw_rows(x, first, stride, valid, C: tl.constexpr, D: tl.constexpr):
-    """[C, D] in x's type, zero where not valid."""
-    return tl.load(x + row_offsets(first, stride, C, D), mask=valid[:, None], other=0.0)
 
 
 @triton.jit

@@ -1,8 +1,6 @@
 """What the dispatcher runs on NVIDIA GPUs: Triton for inputs its kernels were measured right with, else torch.
 
-The chunk kernels are right in Triton's interpreter for K and V of 32, 64 and 128 in fp32, but compiled for an H100 by
-Triton 3.6 they gave wrong values for K=64 V=32 and K=32 V=64 (docs/kernels-notes.md): only what `kernels_gpu.py` passed
-is taken here.
+What is taken here is what the tables in tests/gpu passed. fp32 stays with torch: its kernels would spill everything.
 """
 
 from typing import Any

@@ -8,6 +8,8 @@ The steps hold S^T and dS^T, [columns, K]: a product then leaves its result wher
 in registers, and only what comes from memory passes through shared memory.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -108,10 +110,16 @@ def backward_step(
 def by_columns(name: str, x: Inputs) -> tuple[int, dict[str, int]]:
     """How many columns of the state a program of the kernel `name` holds, and its launch options."""
     config = CONFIGS["scan_fp32" if x.dtype == torch.float32 else name]
-    if x.q.is_cuda and torch.cuda.get_device_properties(x.q.device).shared_memory_per_block_optin < SHARED_MEMORY:
+    if x.q.is_cuda and shared_memory(x.q.device) < SHARED_MEMORY:
         config = NARROW.get(name, config)
     width = min(config.block, x.key, x.value)
     return width, {
         **config.launch(),
         "num_warps": max(4, config.num_warps * width // config.block),
     }
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 
-from deltarl.rewards.channel import Channel
+from deltarl.channel import Channel
 from deltarl.rewards.registry import VerifierLoadError
 from deltarl.rewards.tasks import ATTEMPTS, Task, TaskQueue
 from deltarl.rewards.types import Status, Verdict

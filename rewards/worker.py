@@ -1,7 +1,6 @@
 """One process of the pool: reads tasks from its channel, answers each, exits when the channel closes."""
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -13,13 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltarl.rewards.channel import Channel
+from deltarl.channel import Channel, die_with_parent
 from deltarl.rewards.registry import VerifierLoadError, load_verifier
 from deltarl.rewards.types import Status, Verdict, Verifier, VerifierSpec
 
 ANSWER_BYTES = 8 << 20
 PRINTED_BITS = 4096
-PR_SET_PDEATHSIG = 1
 ENCODER = json.JSONEncoder(ensure_ascii=False)
 DECODER = json.JSONDecoder()
 
@@ -47,12 +45,6 @@ def main(file_descriptor: int, parent: int) -> None:
     channel.send(encode(None))
     with contextlib.suppress(EOFError):
         serve(channel, verifier)
-
-
-def die_with_parent(parent: int) -> None:
-    """Has the kernel SIGKILL this process when the thread that started it ends, however it ends."""
-    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or os.getppid() != parent:
-        os._exit(1)
 
 
 def limit_memory(megabytes: int) -> None:

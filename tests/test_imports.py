@@ -19,6 +19,7 @@ OUR_FOLDERS = {
     "rollout": {"rollout", "model", "kernels"},
     "rl": set(FOLDERS),
 }
+SHARED = {"__version__", "channel"}
 OTHERS = {
     "kernels": {"torch", "triton"},
     "model": {"torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy"},
@@ -49,7 +50,7 @@ def test_folder_imports_only_what_the_design_allows(folder):
             if top in sys.stdlib_module_names:
                 continue
             ours = top == "deltarl"
-            allowed = rest.partition(".")[0] in OUR_FOLDERS[folder] | {"__version__"} if ours else top in others(folder)
+            allowed = rest.partition(".")[0] in OUR_FOLDERS[folder] | SHARED if ours else top in others(folder)
             if not allowed:
                 forbidden.append(f"{file.relative_to(ROOT)}: {name}")
     assert not forbidden

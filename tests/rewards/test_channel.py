@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from deltarl.rewards.channel import Channel
+from deltarl.channel import Channel
 
 
 @pytest.fixture

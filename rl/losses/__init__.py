@@ -4,11 +4,11 @@ Shapes: B sequences of T completion tokens, right-padded; `mask` [B, T] is 1 on 
 in nats, of the sampled tokens, under the sampling temperature.
 """
 
-from deltarl.rl.losses.advantages import group_advantages
+from deltarl.rl.losses.advantages import group_advantages, reinforce_plus_plus
 from deltarl.rl.losses.correction import correction_weights, effective_sample_size
 from deltarl.rl.losses.kl import kl_estimate
-from deltarl.rl.losses.policy import aggregate, cispo, clipped_surrogate, mirror_descent
-from deltarl.rl.losses.value import explained_variance, gae, value_loss, whiten
+from deltarl.rl.losses.policy import aggregate, cispo, clipped_surrogate, mirror_descent, ptx_loss
+from deltarl.rl.losses.value import explained_variance, gae, token_rewards, value_loss, whiten
 
 __all__ = [
     "aggregate",
@@ -21,6 +21,9 @@ __all__ = [
     "group_advantages",
     "kl_estimate",
     "mirror_descent",
+    "ptx_loss",
+    "reinforce_plus_plus",
+    "token_rewards",
     "value_loss",
     "whiten",
 ]

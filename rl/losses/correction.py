@@ -18,13 +18,14 @@ Correction = Literal[
 def correction_weights(
     learner: Tensor, sampler: Tensor, mask: Tensor, mode: Correction, *, cap: float, floor: float = 0.0
 ) -> Tensor:
-    """w = pi_learner / pi_sampler, truncated at `cap` or, in a mask mode, 0 outside [floor, cap]; no gradient.
+    """w = pi_learner / pi_sampler, put into [floor, cap] or, in a mask mode, 0 outside of it; no gradient.
 
     learner, sampler [B, T]: logprobs of the sampled tokens; the sampler's are those recorded when each token was drawn,
     of whichever weight version drew it. "token": a weight per token [B, T] (Yao et al. 2025, "Your Efficient RL
-    Framework Secretly Brings You Off-Policy RL Training"). "sequence": the product over the sequence [B, 1], whose
-    variance grows with length. "geometric": the sequence's geometric mean [B, 1]. NaN logprobs of the sampler count as
-    the learner's own.
+    Framework Secretly Brings You Off-Policy RL Training"; masked: IcePop, Ling Team 2025, arXiv 2510.18855).
+    "sequence": the product over the sequence [B, 1], whose variance grows with length. "geometric": the sequence's
+    geometric mean [B, 1] (GSPO's ratio, arXiv 2507.18071, eq. 7). NaN logprobs of the sampler count as the learner's
+    own.
     """
     level, _, treatment = mode.partition("_")
     gap = ((learner - sampler) * mask).nan_to_num(nan=0.0).detach()

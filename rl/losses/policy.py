@@ -65,16 +65,27 @@ def cispo(
     return Surrogate(loss, (ratio > weight_cap) & (advantages > 0))
 
 
-def mirror_descent(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, tau: float) -> Tensor:
+def mirror_descent(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    tau: float,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Kimi k1.5's policy mirror descent (arXiv 2501.12599, section 2.3.2, whose gradient is its eq. 3), [B, 1]:
 
         -(A log pi(y|x) - tau / 2 (log pi(y|x) / pi_i(y|x))^2),      A = r - mean reward of the prompt's samples
 
     with pi_i the policy that the iteration began from. Sums over a sequence's tokens, as in the paper; advantages
-    [B, 1].
+    [B, 1]. weights [B, T] or [B, 1] multiply each token's term of both sums, and so its gradient: truncated importance
+    weights of pi_i against the engine that sampled (`correction_weights`), as the Kimi Linear report (arXiv 2510.26692)
+    adds them to this objective.
     """
-    sequence = (logprobs * mask).sum(-1, keepdim=True)
-    drift = ((logprobs - old_logprobs) * mask).sum(-1, keepdim=True)
+    weighed = mask if weights is None else mask * weights
+    sequence = (logprobs * weighed).sum(-1, keepdim=True)
+    drift = ((logprobs - old_logprobs) * weighed).sum(-1, keepdim=True)
     return -(advantages * sequence - 0.5 * tau * drift.square())
 
 
@@ -93,3 +104,13 @@ def aggregate(
     if how == "sequence":
         return (by_sequence / mask.sum(-1).clamp(min=1)).sum() / sequences
     return by_sequence.sum() / (sequences * max_length if how == "length" else max(tokens, 1))
+
+
+def ptx_loss(logprobs: Tensor, mask: Tensor, *, tokens: float) -> Tensor:
+    """-sum log pi / tokens over the supervised tokens: the term that keeps what pre-training or SFT taught.
+
+    (InstructGPT's PPO-ptx: Ouyang et al. 2022, arXiv 2203.02155, eq. 2, on the SFT mix as in Kimi K2, arXiv 2507.20534,
+    and Kimi Linear, arXiv 2510.26692.) logprobs, mask of one shape; tokens: supervised ones of the whole step, so that
+    its parts add up.
+    """
+    return -torch.where(mask.bool(), logprobs, 0.0).sum() / max(tokens, 1)

@@ -4,6 +4,18 @@ import torch
 from torch import Tensor
 
 
+def token_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, *, beta: float = 0.0) -> Tensor:
+    """r_t = -beta KL_t, plus the sequence's score at its last token: rewards of tokens [B, T], 0 outside the mask.
+
+    (Ziegler et al. 2019, arXiv 1909.08593, eq. 2, its KL spread over the tokens.) scores [B]; kl [B, T], None for no
+    such term. A sequence without tokens has no place for its score.
+    """
+    position = torch.arange(mask.shape[1], device=mask.device)
+    last = (position == (mask * position).argmax(1, keepdim=True)) * mask
+    rewards = scores.unsqueeze(1) * last
+    return rewards if kl is None else rewards - beta * torch.where(mask.bool(), kl, 0.0)
+
+
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
@@ -40,11 +52,12 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: flo
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """x [B, T] with variance 1 over the mask, and mean 0 unless `shift_mean` is false; 0 outside the mask."""
+    inside = mask.bool()
     count = mask.sum().clamp(min=1)
-    mean = (x * mask).sum() / count
-    variance = ((x - mean).square() * mask).sum() / count
-    scaled = (x - mean) * (variance + 1e-8).rsqrt()
-    return (scaled if shift_mean else scaled + mean) * mask
+    mean = torch.where(inside, x, 0.0).sum() / count
+    offset = torch.where(inside, x - mean, 0.0)
+    scaled = offset * (offset.square().sum() / count + 1e-8).rsqrt()
+    return scaled if shift_mean else (scaled + mean) * mask
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """The objectives against cases worked by hand, against TRL's own loss, and by what their formulas imply."""
 
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 from trl import GRPOTrainer
+from trl.trainer.utils import nanstd
 
 from deltarl.rl.losses import (
     aggregate,
@@ -18,6 +20,9 @@ from deltarl.rl.losses import (
     group_advantages,
     kl_estimate,
     mirror_descent,
+    ptx_loss,
+    reinforce_plus_plus,
+    token_rewards,
     value_loss,
     whiten,
 )
@@ -129,6 +134,38 @@ def test_mirror_descent_gradient_is_the_papers(batch):
     torch.testing.assert_close(gradient(loss, batch), -(advantages - tau * drift) * MASK, **CLOSE)
 
 
+def test_mirror_descent_with_weights_by_hand():
+    """Ratios 1.2 and 0.9, weights 2 and 0.5, A = 3, tau = 0.4: a weight multiplies its token in both sums."""
+    ratios = torch.tensor([[1.2, 0.9, 7.0]], dtype=torch.float64)
+    old = torch.tensor([[-1.0, -2.0, -9.0]], dtype=torch.float64)
+    logprobs, weights = (old + ratios.log()).requires_grad_(), torch.tensor([[2.0, 0.5, 8.0]], dtype=torch.float64)
+    mask, advantage = torch.tensor([[1, 1, 0]]), torch.tensor([[3.0]], dtype=torch.float64)
+    loss = mirror_descent(logprobs, old, advantage, mask, tau=0.4, weights=weights)
+    drift = 2 * math.log(1.2) + 0.5 * math.log(0.9)
+    expected = -(3 * (2 * (-1 + math.log(1.2)) + 0.5 * (-2 + math.log(0.9))) - 0.2 * drift**2)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    (found,) = torch.autograd.grad(loss.sum(), logprobs)
+    torch.testing.assert_close(found, -(3 - 0.4 * drift) * weights * mask, **CLOSE)
+
+
+def test_first_mirror_descent_step_is_the_policy_gradient(batch):
+    """At pi = pi_i the drift is 0: the gradient is REINFORCE's with the mean baseline, whatever tau."""
+    at_start = SimpleNamespace(logprobs=batch.old.clone().requires_grad_())
+    advantages = batch.advantages.unsqueeze(1)
+    loss = mirror_descent(at_start.logprobs, batch.old, advantages, MASK, tau=5.0).sum()
+    torch.testing.assert_close(gradient(loss, at_start), -advantages * MASK, **CLOSE)
+
+
+def test_ptx_loss_is_cross_entropy(batch):
+    torch.manual_seed(2)
+    logits, targets = torch.randn(3, 4, 7, dtype=torch.float64), torch.randint(7, (3, 4))
+    logprobs = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    labels = targets.masked_fill(MASK == 0, -100)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    parts = [ptx_loss(logprobs[rows], MASK[rows], tokens=float(MASK.sum())) for rows in (slice(0, 2), slice(2, 3))]
+    torch.testing.assert_close(sum(parts), expected, **CLOSE)
+
+
 def test_group_advantages_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
     centred = torch.tensor([0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0], dtype=torch.float64)
@@ -149,6 +186,49 @@ def test_an_ungraded_reward_moves_nothing():
     torch.testing.assert_close(found, torch.tensor([0.5, -0.5, 0, 0, 0, 0], dtype=torch.float64), **CLOSE)
     alone = group_advantages(rewards, 3, baseline="leave_one_out", scale="none")
     torch.testing.assert_close(alone, torch.tensor([1.0, -1.0, 0, 0, 0, 0], dtype=torch.float64), **CLOSE)
+
+
+def test_batch_scale_centres_what_has_no_baseline():
+    rewards = torch.tensor([3.0, float("nan"), 1.0, 5.0], dtype=torch.float64)
+    found = group_advantages(rewards, 1, baseline="none", scale="batch")
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, -2.0, 2.0], dtype=torch.float64) / (2 + 1e-4), **CLOSE)
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_group_advantages_equal_trl(scale):
+    """TRL's lines: centred on the group's mean, over its standard deviation + 1e-4 (GRPOTrainer, `scale_rewards`)."""
+    torch.manual_seed(0)
+    rewards = torch.rand(12, dtype=torch.float64)
+    rewards[5] = float("nan")
+    grouped = rewards.view(3, 4)
+    expected = rewards - torch.nanmean(grouped, dim=1).repeat_interleave(4)
+    if scale == "group":
+        expected = expected / (nanstd(grouped, dim=1).repeat_interleave(4) + 1e-4)
+    found = group_advantages(rewards, 4, scale=scale)  # TRL's Bessel factor is float32: half an ulp after the root
+    torch.testing.assert_close(found, expected.nan_to_num(0.0), rtol=2**-24, atol=1e-12)
+
+
+def test_token_rewards_by_hand():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    kl = torch.tensor([[0.5, -0.25, 1.0], [2.0, float("nan"), 9.0], [9.0, 9.0, 9.0]])
+    scores = torch.tensor([1.0, -1.0, 7.0])
+    torch.testing.assert_close(
+        token_rewards(scores, mask, kl, beta=0.1),
+        torch.tensor([[-0.05, 0.025, 0.9], [-1.2, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+    )
+    torch.testing.assert_close(token_rewards(scores, mask), torch.tensor([[0.0, 0, 1], [-1, 0, 0], [0, 0, 0]]))
+
+
+def test_reinforce_plus_plus_by_hand():
+    """Rewards 1 and 0 with KL of 1 a token and beta 0.1: returns 0.8, 0.9, -0.1, whitened; the third is ungraded."""
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
+    found = reinforce_plus_plus(
+        torch.tensor([1.0, 0.0, float("nan")], dtype=torch.float64), mask, torch.ones(3, 2).double(), beta=0.1
+    )
+    returns = torch.tensor([0.8, 0.9, -0.1], dtype=torch.float64)
+    whitened = (returns - returns.mean()) / (returns.var(correction=0) + 1e-8).sqrt()
+    expected = torch.stack([whitened[:2], torch.stack([whitened[2], 0 * whitened[2]]), 0 * whitened[:2]])
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_groups_must_divide():
@@ -197,6 +277,31 @@ def test_correction_weights_by_hand():
     torch.testing.assert_close(weights("sequence_truncate").flatten(), torch.stack([one, 2 * one]), **CLOSE)
     torch.testing.assert_close(weights("sequence_mask").flatten(), torch.stack([one, 0 * one]), **CLOSE)
     torch.testing.assert_close(weights("geometric_truncate").flatten(), torch.stack([one, e[0]]), **CLOSE)
+
+
+def test_a_mask_mode_drops_what_lies_outside_its_range():
+    gap = torch.tensor([[0.3, -0.3], [0.8, 0.8], [-0.9, -0.1]], dtype=torch.float64)
+    sampler, mask = torch.zeros_like(gap), torch.ones(3, 2)
+    limits = {"cap": math.exp(0.6), "floor": math.exp(-0.4)}
+    geometric = correction_weights(gap, sampler, mask, "geometric_mask", **limits).log().flatten()
+    assert geometric.tolist() == pytest.approx([0.0, -math.inf, -math.inf])
+    sequence = correction_weights(gap, sampler, mask, "sequence_mask", cap=math.exp(1.7), floor=math.exp(-0.4))
+    assert sequence.log().flatten().tolist() == pytest.approx([0.0, 1.6, -math.inf])
+    token = correction_weights(gap, sampler, mask, "token_mask", **limits).log()
+    assert token.tolist() == [pytest.approx([0.3, -0.3]), [-math.inf] * 2, pytest.approx([-math.inf, -0.1])]
+    truncated = correction_weights(gap, sampler, mask, "token_truncate", **limits).log()
+    assert truncated[1:].tolist() == [pytest.approx([0.6, 0.6]), pytest.approx([-0.4, -0.1])]
+
+
+def test_each_token_is_weighed_against_the_version_that_drew_it():
+    """Two tokens by version 3, one by version 4: the product over the sequence is that of the three recorded ratios."""
+    learner = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64)
+    recorded = torch.tensor([[-1.5, -1.8, -0.5]], dtype=torch.float64)
+    mask = torch.ones(1, 3)
+    token = correction_weights(learner, recorded, mask, "token_truncate", cap=9.0)
+    torch.testing.assert_close(token, torch.tensor([[0.5, -0.2, 0.0]], dtype=torch.float64).exp(), **CLOSE)
+    sequence = correction_weights(learner, recorded, mask, "sequence_truncate", cap=9.0)
+    torch.testing.assert_close(sequence, token.prod(-1, keepdim=True), **CLOSE)
 
 
 def test_an_unrecorded_logprob_needs_no_correction():

@@ -58,16 +58,24 @@ def load_model(
     return model, tokenizer
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
-    """Writes model and tokenizer to `folder`, which appears complete or not at all; one that was there is replaced."""
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes model and tokenizer to `folder`, which appears complete or not at all; one that was there is replaced.
+
+    `state` stands in for the model's own state_dict: sharded weights gathered, adapters merged.
+    """
     target = Path(folder).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         if isinstance(model, HybridForCausalLM):
-            _write_hybrid(model, partial)
+            _write_hybrid(model, partial, state)
         else:
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
         partial.chmod(0o755)
         if target.exists():
@@ -77,22 +85,23 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def checkpoint_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors by the names a saved checkpoint gives them; detached views wherever the layout allows it.
 
-    Tensors that a checkpoint leaves out because they are tied to another are left out.
+    Tensors that a checkpoint leaves out because they are tied to another are left out. `state` as in `save_checkpoint`.
     """
+    state = model.state_dict() if state is None else state
     if isinstance(model, HybridForCausalLM):
-        for name, tensor in model.state_dict().items():
+        for name, tensor in state.items():
             yield from _moonshot(name, tensor, model.config)
     else:
         tied = set(getattr(model, "all_tied_weights_keys", {}))
-        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-        yield from revert_weight_conversion(model, state).items()
+        untied = {name: tensor for name, tensor in state.items() if name not in tied}
+        yield from revert_weight_conversion(model, untied).items()
 
 
-def _write_hybrid(model: HybridForCausalLM, folder: Path) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint_tensors(model)}
+def _write_hybrid(model: HybridForCausalLM, folder: Path, state: dict[str, Tensor] | None) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint_tensors(model, state)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {**model.config.to_moonshot(), "dtype": str(model.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,15 +1,17 @@
 """Putting new weights into a running engine, and proving that they arrived.
 
-The engine's own loader writes (`model.load_weights`); then every tensor is read back by its checkpoint name, through
-`engine_tensors`, and its checksum compared with the one of the tensor that was sent.
+Two tables say what is where: `checkpoint_tensors` of the model, which also writes checkpoints, gives the learner's
+tensors by checkpoint name, and `engine_tensors` the engine's memory by the same names. A sync checks that both have the
+same names and shapes, copies, has the engine refresh what it derives, and compares checksums name by name.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from deltarl.rollout.checksum import checksums, digest
 from deltarl.rollout.types import WeightSyncError
 
 DERIVED = ("W_UV", "W_UK_T")
@@ -21,22 +23,22 @@ PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 PLAIN_EXPERTS = ("TRITON", "BATCHED_TRITON")
 """vLLM's expert kernels that read weights as they are loaded; for others vLLM reorders them, once, when it starts."""
 
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+HALF_WAY = "the last weight sync broke off half-way: sync again, or restart the worker"
 
 
-def checksum(tensor: torch.Tensor, piece: int = 1 << 24) -> int:
-    """Position-weighted sum of a tensor's raw words, Σ (2i+1)·word_i mod 2⁶⁴, computed on its device.
+class Place(NamedTuple):
+    """Where an engine keeps a tensor of the checkpoint: shape and dtype there."""
 
-    Words are the elements' bits. A change of one element always changes the sum, for its weight is odd; so does
-    an exchange of two different elements of up to 4 bytes each: |w_i - w_j|·2|i - j| stays under 2⁶⁴ to 2³¹ elements.
-    """
-    words = tensor.detach().contiguous().view(-1).view(WORDS[tensor.element_size()])
-    total = 0
-    for begin in range(0, words.numel(), piece):
-        part = words[begin : begin + piece].long()
-        weights = torch.arange(begin, begin + part.numel(), device=part.device).mul_(2).add_(1)
-        total += int(part.mul_(weights).sum())
-    return total % (1 << 64)
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+Layout = dict[str, Place]
+"""The tensors of an engine by checkpoint name, in a fixed order."""
+
+
+def layout_of(held: Mapping[str, torch.Tensor]) -> Layout:
+    return {name: Place(view.shape, view.dtype) for name, view in held.items()}
 
 
 def engine_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -81,29 +83,29 @@ def expert_tensors(path: str, leaf: str, stacked: torch.Tensor) -> Iterator[tupl
             yield f"{experts}.{index}.w3.weight", w3
 
 
-def match(offered: dict[str, torch.Tensor], held: dict[str, torch.Tensor]) -> None:
-    """Raise WeightSyncError unless the offered checkpoint has exactly the engine's names and shapes.
+def match(offered: Mapping[str, torch.Tensor], layout: Layout) -> None:
+    """Raise WeightSyncError unless the offered checkpoint has exactly the engine's names and shapes, give or take ones.
 
     Where the engine's output layer is its embedding, `lm_head.weight` may be offered if it equals the embedding.
     """
-    extra = sorted(offered.keys() - held.keys())
+    extra = sorted(offered.keys() - layout.keys())
     if "lm_head.weight" in extra and "model.embed_tokens.weight" in offered:
         if not torch.equal(offered["lm_head.weight"], offered["model.embed_tokens.weight"]):
             raise WeightSyncError(
                 "lm_head.weight differs from the embedding, but the engine has them tied: tie the model"
             )
         extra.remove("lm_head.weight")
-    missing = sorted(held.keys() - offered.keys())
+    missing = sorted(layout.keys() - offered.keys())
     if missing or extra:
         raise WeightSyncError(
             f"weights do not fit the engine: {listed('missing', missing)}{listed('unknown', extra)}"
             "give the tensors of checkpoint_tensors(model) of the model that was served; old weights stay"
         )
-    for name, view in held.items():
+    for name, place in layout.items():
         given = offered[name].shape
-        if given.numel() != view.numel() or [n for n in given if n > 1] != [n for n in view.shape if n > 1]:
+        if given.numel() != place.shape.numel() or [n for n in given if n > 1] != [n for n in place.shape if n > 1]:
             raise WeightSyncError(
-                f"{name} has shape {tuple(given)}, the engine's is {tuple(view.shape)}: give weights of the model "
+                f"{name} has shape {tuple(given)}, the engine's is {tuple(place.shape)}: give weights of the model "
                 "that was served; old weights stay"
             )
 
@@ -115,39 +117,60 @@ def listed(what: str, names: list[str], most: int = 5) -> str:
     return f"{what} {', '.join(names[:most])}{more}; "
 
 
-def load_in_place(model: nn.Module, offered: dict[str, torch.Tensor], held: dict[str, torch.Tensor]) -> None:
-    """Write the offered tensors with the engine's own loader, and refresh what it derives from them.
+@torch.no_grad()
+def write(offered: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> None:
+    """Copy the offered tensors into the engine's memory, cast to its dtypes, in one call."""
+    torch._foreach_copy_(list(held.values()), [offered[name].reshape(view.shape) for name, view in held.items()])
 
-    vLLM's latent attention keeps kv_b_proj in a second, absorbed form; recomputing it writes into the same memory,
-    so CUDA graphs see it.
+
+@torch.no_grad()
+def refresh(model: nn.Module) -> None:
+    """Have the engine's model derive again what it derives from its weights, in the same memory, so that CUDA graphs
+    see it: vLLM's latent attention keeps kv_b_proj in a second, absorbed form."""
+    for module in model.modules():
+        if hasattr(module, DERIVED[0]):
+            module.process_weights_after_loading(getattr(module, DERIVED[0]).dtype)
+
+
+def load_in_place(model: nn.Module, offered: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> None:
+    """Bring an engine's model, whose memory `held` is, to the offered tensors."""
+    settle(held)
+    write(offered, held)
+    refresh(model)
+    settle(held)
+
+
+def settle(held: Mapping[str, torch.Tensor]) -> None:
+    """Wait for all streams of the engine's device, so that no forward pass sees weights of two versions."""
+    if any(view.is_cuda for view in held.values()):
+        torch.cuda.synchronize()
+
+
+def prove(held: Mapping[str, torch.Tensor], offered: Mapping[str, torch.Tensor]) -> tuple[int, str]:
+    """`compare` with what the engine holds, read back."""
+    return compare(offered, layout_of(held), checksums_in(held))
+
+
+def compare(offered: Mapping[str, torch.Tensor], layout: Layout, arrived: Mapping[str, int]) -> tuple[int, str]:
+    """Compare the checksums that the engine found with those of what was sent, cast to the engine's dtypes.
+
+    Returns the bytes compared and a digest over names, dtypes, shapes and checksums. Raises WeightSyncError for tensors
+    that differ.
     """
-    with torch.no_grad():
-        model.load_weights((name, tensor.detach()) for name, tensor in offered.items() if name in held)
-        for module in model.modules():
-            if hasattr(module, DERIVED[0]):
-                module.process_weights_after_loading(getattr(module, DERIVED[0]).dtype)
-
-
-def prove(held: dict[str, torch.Tensor], offered: dict[str, torch.Tensor]) -> tuple[int, str]:
-    """Read every engine tensor back; returns the bytes compared and a digest over names, dtypes, shapes and checksums.
-
-    Raises WeightSyncError when one differs from what was sent, cast to the engine's dtype.
-    """
-    digest = hashlib.sha256()
-    size = 0
-    wrong = []
-    for name in sorted(held):
-        sent = offered[name].detach().to(held[name].dtype)
-        expected, arrived = checksum(sent), checksum(held[name])
-        if expected != arrived:
-            wrong.append(name)
-        digest.update(f"{name} {sent.dtype} {tuple(sent.shape)} {arrived:016x}\n".encode())
-        size += sent.numel() * sent.element_size()
+    dtypes = {name: place.dtype for name, place in layout.items()}
+    sent = checksums(offered, dtypes)
+    wrong = sorted(name for name in layout if sent[name] != arrived[name])
     if wrong:
         raise WeightSyncError(
             f"weights did not arrive in the engine: {listed('wrong', wrong)}sync again or restart the worker"
         )
-    return size, digest.hexdigest()
+    size = sum(place.shape.numel() * place.dtype.itemsize for place in layout.values())
+    return size, digest((name, dtypes[name], tuple(offered[name].shape), sent[name]) for name in layout)
+
+
+def checksums_in(held: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The checksum of each tensor that the engine holds."""
+    return checksums(held, {name: view.dtype for name, view in held.items()})
 
 
 def collect(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

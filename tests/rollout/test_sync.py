@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deltarl.rollout import EngineError, engine, make_worker
-from deltarl.rollout.sync import checksum
+from deltarl.rollout.checksum import checksum, checksums, digest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -14,7 +14,29 @@ def test_checksum_sees_exchanged_and_changed_elements(dtype) -> None:
     exchanged, changed = tensor.clone(), tensor.clone()
     exchanged[[3, 30], [7, 20]] = tensor[[30, 3], [20, 7]]
     changed[39, 24] = torch.nextafter(changed[39, 24], torch.tensor(9.0, dtype=dtype))
-    assert len({checksum(tensor), checksum(exchanged), checksum(changed)}) == 3
+    assert len({int(checksum(t)) for t in (tensor, exchanged, changed)}) == 3
+
+
+def test_checksum_is_its_definition() -> None:
+    words = torch.tensor([[3, -5, 7], [2**62, -(2**63), 11]])
+    expected = sum((2 * i + 1) * word for i, word in enumerate(words.flatten().tolist())) % 2**64
+    assert int(checksum(words)) % 2**64 == int(checksum(words, piece=4)) % 2**64 == expected
+
+
+def test_checksums_are_of_the_engine_s_dtype_by_name() -> None:
+    exact = {"a": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), "b": torch.ones(3)}
+    rounded = {name: tensor.bfloat16() for name, tensor in exact.items()}
+    kinds = {"a": torch.bfloat16, "b": torch.float32}
+    assert checksums(exact, kinds) == checksums({"a": rounded["a"], "b": exact["b"]}, kinds)
+    assert checksums(exact, kinds)["a"] != checksums(exact, dict.fromkeys(kinds, torch.float32))["a"]
+
+
+def test_digest_depends_on_all_but_order() -> None:
+    entries = [("a", torch.float32, (2, 3), 5), ("b", torch.float32, (6,), 7)]
+    changed = [("c", torch.float32, (2, 3), 5), ("a", torch.float16, (2, 3), 5), ("a", torch.float32, (3, 2), 5)]
+    digests = {digest([one, entries[1]]) for one in [*changed, ("a", torch.float32, (2, 3), 6), entries[0]]}
+    assert len(digests) == 5
+    assert digest(entries) == digest(entries[::-1])
 
 
 def test_checksum_of_a_view_is_that_of_its_copy_in_any_pieces() -> None:

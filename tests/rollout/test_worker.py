@@ -5,7 +5,7 @@ import torch
 from conftest import VOCAB, scramble
 
 from deltarl.model import checkpoint_tensors
-from deltarl.rollout import Sampling, WeightSyncError, make_worker
+from deltarl.rollout import Sampling, WeightSyncError, make_worker, sync
 
 SAMPLED = Sampling(temperature=0.8, max_tokens=16, ignore_eos=True)
 GREEDY = Sampling(temperature=0, max_tokens=16, ignore_eos=True)
@@ -131,11 +131,10 @@ def test_refused_syncs_leave_the_old_weights(worker, make_hybrid, prompts) -> No
 
 
 def test_a_tensor_that_does_not_arrive_is_found(worker, model, prompts, monkeypatch) -> None:
-    lost = "model.layers.2.mlp.up_proj.weight"
-    load = worker.model.load_weights
+    lost, write = "model.layers.2.mlp.up_proj.weight", sync.write
     scramble(model, seed=6)
     with monkeypatch.context() as patch:
-        patch.setattr(worker.model, "load_weights", lambda pairs: load((n, t) for n, t in pairs if n != lost))
+        patch.setattr(sync, "write", lambda offered, held: write(offered, {n: v for n, v in held.items() if n != lost}))
         with pytest.raises(WeightSyncError, match=f"wrong {lost}"):
             worker.sync_weights(checkpoint_tensors(model), 1)
     with pytest.raises(WeightSyncError, match="half-way"):

@@ -1,9 +1,10 @@
-"""What a rollout worker takes and gives: `Sampling`, `Trace`, `SyncReport`, and the base class of every worker."""
+"""What a rollout worker takes and gives: `Sampling`, `Request`, `Trace`, `SyncReport`; every worker's base class."""
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 Progress = Callable[[int, int, int], None]
@@ -14,13 +15,26 @@ class WeightSyncError(ValueError):
     """The weights offered to an engine do not fit it, or did not arrive; the message says which and what to do."""
 
 
+CHECKED_EVERY = 16
+"""Whether a completion goes round in circles is looked at when its length is a multiple of this."""
+
+
+def goes_round(ids: Sequence[int], tail: int) -> bool:
+    """Whether the last `tail` tokens are one block of at most tail/8 tokens, over and over."""
+    if len(ids) < tail:
+        return False
+    ids = ids[-tail:]
+    return any(ids[period:] == ids[:-period] for period in range(1, tail // 8 + 1))
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.
 
     temperature: 0 is greedy. top_p: nucleus mass in (0, 1]. top_k: -1 is off. max_tokens: completion tokens at most.
     stop_token_ids: end a completion, in addition to the end tokens that the model folder names; the stop token
-    is the completion's last token. ignore_eos: do not stop at the model folder's end tokens.
+    is the completion's last token. ignore_eos: do not stop at the model folder's end tokens. stop_repetition: end a
+    completion whose last so many tokens go round in circles (`goes_round`); 0 is off.
     """
 
     temperature: float = 1.0
@@ -29,6 +43,7 @@ class Sampling:
     max_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop_repetition: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,8 @@ class Trace:
 
     logprobs: natural log-probability of each token under the distribution it was drawn from (after temperature,
     top_p and top_k; under temperature 0, of the untempered distribution). versions: the weight version that drew it.
-    finish_reason: "stop" (an end token) or "length" (max_tokens).
+    finish_reason: "stop" (an end token), "length" (max_tokens), "repetition" (`Sampling.stop_repetition`), or
+    "suspended": taken out of the engine before its end, and to be gone on with (`Request.begun`).
     """
 
     prompt_ids: list[int]
@@ -45,6 +61,45 @@ class Trace:
     logprobs: list[float]
     versions: list[int]
     finish_reason: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to draw, under a name of the caller's that no other running request has.
+
+    begun: what was drawn of it before; its tokens are read again with the prompt, keep their logprobs and versions,
+    and count towards sampling.max_tokens. What is drawn next depends on the weights, `seed` and the number of tokens
+    in `begun`: the same request gives the same tokens, but a completion that was suspended goes on otherwise than one
+    that ran through.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    sampling: Sampling
+    seed: int
+    begun: Trace | None = None
+
+    @property
+    def drawn(self) -> int:
+        """Tokens of the completion that are there already."""
+        return 0 if self.begun is None else len(self.begun.completion_ids)
+
+    @property
+    def read(self) -> list[int]:
+        """Tokens that the engine reads before it draws one."""
+        return [*self.prompt_ids, *(self.begun.completion_ids if self.begun else ())]
+
+    @property
+    def next_seed(self) -> int:
+        """The seed of the random generator that draws the remaining tokens."""
+        return int(np.random.SeedSequence([self.seed, self.drawn]).generate_state(1)[0]) if self.drawn else self.seed
+
+    def trace(self, ids: list[int], logprobs: list[float], versions: list[int], finish_reason: str) -> Trace:
+        """The trace of `begun` with the tokens that were drawn since."""
+        if self.begun is not None:
+            ids = self.begun.completion_ids + ids
+            logprobs, versions = self.begun.logprobs + logprobs, self.begun.versions + versions
+        return Trace(self.prompt_ids, ids, logprobs, versions, finish_reason)
 
 
 @dataclass(frozen=True)
@@ -64,6 +119,10 @@ class SyncReport:
 class RolloutWorker(abc.ABC):
     """Draws completions from a policy and takes new weights for it, in place.
 
+    Requests are added, the engine is advanced step by step, and completions come out as each ends; `generate` does it
+    for a batch. Weights may be replaced while requests run: tokens drawn later carry the new version. One thread at
+    a time.
+
     max_model_len: prompt and completion tokens of a sequence at most. version: of the weights served (0: the folder's).
     """
 
@@ -80,38 +139,111 @@ class RolloutWorker(abc.ABC):
     ) -> list[Trace]:
         """Draw one completion per prompt (token ids), in prompt order; equal seeds and weights give equal tokens.
 
-        Raises ValueError for a prompt of fewer than two tokens, a prompt that leaves no room for
-        sampling.max_tokens in the context, or a number of seeds that differs from the number of prompts.
+        Raises ValueError for requests that `add` refuses, for a number of seeds that differs from the number of
+        prompts, and while added requests run.
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need {len(prompts)} seeds, got {len(seeds)}")
+        if self.unfinished:
+            raise ValueError(f"{self.unfinished} requests are running: suspend or abort them before generate")
+        traces: dict[str, Trace] = {}
+        drawn = 0
+        try:
+            self.add(
+                Request(str(place), list(prompt), sampling, seed)
+                for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            )
+            while self.unfinished:
+                for place, trace in self.step():
+                    traces[place] = trace
+                    drawn += len(trace.completion_ids)
+                if progress is not None:
+                    progress(len(traces), len(prompts), drawn + self.running_tokens)
+        finally:
+            self.suspend()  # interrupted: the next call must find an idle engine
+        return [traces[str(place)] for place in range(len(prompts))]
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue requests; all of them or, if one is refused, none.
+
+        Raises ValueError for a prompt of fewer than two tokens or one that leaves no room for sampling.max_tokens in
+        the context, a begun trace that has sampling.max_tokens already, or the name of a running request.
+        """
+        requests = list(requests)
+        names: set[str] = set()
+        for request in requests:
+            self._check(request)
+            if request.id in names or request.id in self.running:
+                raise ValueError(f"request {request.id} is running already: give each request a name of its own")
+            names.add(request.id)
+        self._add(requests)
+
+    def _check(self, request: Request) -> None:
+        prompt, sampling = request.prompt_ids, request.sampling
         if sampling.max_tokens < 1:
             raise ValueError(f"max_tokens is {sampling.max_tokens}: set it to 1 or more")
-        for index, prompt in enumerate(prompts):
-            if len(prompt) < 2:
-                raise ValueError(
-                    f"prompt {index} has {len(prompt)} token(s): give at least 2, e.g. a start token before the text"
-                )
-            if len(prompt) + sampling.max_tokens > self.max_model_len:
-                raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens and may get {sampling.max_tokens} more, over the context "
-                    f"of {self.max_model_len}: shorten it, lower max_tokens, or raise max_model_len"
-                )
-        if not prompts:
-            return []
-        return self._generate([list(prompt) for prompt in prompts], sampling, list(seeds), progress)
+        if sampling.stop_repetition and sampling.stop_repetition < CHECKED_EVERY:
+            raise ValueError(
+                f"stop_repetition is {sampling.stop_repetition}: set it to {CHECKED_EVERY} or more, or to 0"
+            )
+        if len(prompt) < 2:
+            raise ValueError(
+                f"prompt {request.id} has {len(prompt)} token(s): give at least 2, e.g. a start token before the text"
+            )
+        if len(prompt) + sampling.max_tokens > self.max_model_len:
+            raise ValueError(
+                f"prompt {request.id} has {len(prompt)} tokens and may get {sampling.max_tokens} more, over the "
+                f"context of {self.max_model_len}: shorten it, lower max_tokens, or raise max_model_len"
+            )
+        if request.drawn >= sampling.max_tokens:
+            raise ValueError(
+                f"request {request.id} goes on with {request.drawn} tokens, and max_tokens is {sampling.max_tokens}: "
+                "raise max_tokens"
+            )
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were added and have neither ended nor been taken out."""
+        return len(self.running)
+
+    @property
+    @abc.abstractmethod
+    def running(self) -> Collection[str]:
+        """Names of the unfinished requests, in the order in which they were added."""
+
+    @property
+    @abc.abstractmethod
+    def running_tokens(self) -> int:
+        """Completion tokens that the unfinished requests have by now, those of `begun` included."""
 
     @abc.abstractmethod
-    def _generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int], progress: Progress | None
-    ) -> list[Trace]:
-        """`generate` after its checks."""
+    def _add(self, requests: list[Request]) -> None:
+        """`add` after its checks."""
+
+    @abc.abstractmethod
+    def step(self) -> list[tuple[str, Trace]]:
+        """Advance the running requests by a token or so each; (name, trace) of those that ended, maybe none."""
+
+    @abc.abstractmethod
+    def suspend(self, ids: Iterable[str] | None = None) -> list[tuple[str, Trace]]:
+        """Take running requests (default: all) out of the engine with what they have; their caches are freed.
+
+        (name, trace with finish_reason "suspended") in the order in which they were added; names that do not run, for
+        they have ended, are passed over.
+        """
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """Drop running requests; names that do not run are passed over."""
+        self.suspend(ids)
 
     @abc.abstractmethod
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
         """Replace all weights in place and prove it; named_tensors is a whole checkpoint, by checkpoint names.
 
-        Raises WeightSyncError when a tensor is missing, unknown or misshapen: the old weights and version stay.
+        Cached prefixes are dropped. Requests that run go on with the new weights over the caches and states that the
+        old ones wrote (as PipelineRL, Piché et al. 2025, and Magistral, 2025, do); where prefixes are cached they are
+        read again instead. Either way a token's logprob is that of the distribution that drew it. Raises
+        WeightSyncError when a tensor is missing, unknown or misshapen: the old weights and version stay.
         """
 
     @abc.abstractmethod

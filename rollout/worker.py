@@ -1,15 +1,41 @@
 """The vLLM worker: generation, and weight sync into the engine that runs in this process."""
 
+from __future__ import annotations
+
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from deltarl.rollout import engine
 from deltarl.rollout.sync import collect, engine_tensors, load_in_place, match, prove
-from deltarl.rollout.types import Progress, RolloutWorker, Sampling, SyncReport, Trace, WeightSyncError
+from deltarl.rollout.types import CHECKED_EVERY, Request, RolloutWorker, SyncReport, Trace, WeightSyncError, goes_round
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.v1.engine.output_processor import RequestState
+
+
+@dataclass
+class Run:
+    """A request in the engine, which calls it `name`; `versions`: (from which token on, weight version), ascending."""
+
+    request: Request
+    name: str
+    versions: list[tuple[int, int]]
+
+    def trace(self, ids: list[int], entries: Sequence[dict], finish_reason: str) -> Trace:
+        """The trace of the tokens drawn so far; `entries` are vLLM's, one dict of token to Logprob per token."""
+        logprobs = [entry[token].logprob for token, entry in zip(ids, entries, strict=True)]
+        ends = [begin for begin, _ in self.versions[1:]] + [len(ids)]
+        versions: list[int] = []
+        for end, (_, version) in zip(ends, self.versions, strict=True):
+            versions += [version] * (min(end, len(ids)) - len(versions))
+        return self.request.trace(ids, logprobs, versions, finish_reason)
 
 
 class VllmWorker(RolloutWorker):
@@ -19,67 +45,90 @@ class VllmWorker(RolloutWorker):
         self.max_model_len = max_model_len
         self.end_tokens = engine.end_tokens(model_path)
         self.broken: str | None = None
-        self.requests = 0
+        self._running: dict[str, Run] = {}
         self.llm = engine.start(
             model_path, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs, **options
         )
 
-    def _generate(
-        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int], progress: Progress | None
-    ) -> list[Trace]:
+    @property
+    def running(self) -> Collection[str]:
+        return self._running.keys()
+
+    @property
+    def running_tokens(self) -> int:
+        return sum(
+            run.request.drawn + self._state(run).detokenizer.num_output_tokens() for run in self._running.values()
+        )
+
+    def _add(self, requests: list[Request]) -> None:
+        if self.broken:
+            raise WeightSyncError(self.broken)
+        for request in requests:
+            name = self.llm.llm_engine.add_request(
+                request.id, {"prompt_token_ids": request.read}, self._parameters(request)
+            )
+            self._running[request.id] = Run(request, name, [(0, self.version)])
+
+    def _parameters(self, request: Request) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        sampling = request.sampling
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens - request.drawn,
+            stop_token_ids=sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.end_tokens)}),
+            ignore_eos=True,
+            seed=request.next_seed,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def step(self) -> list[tuple[str, Trace]]:
         if self.broken:
             raise WeightSyncError(self.broken)
-        ends = () if sampling.ignore_eos else self.end_tokens
-        core = self.llm.llm_engine
-        places: dict[str, int] = {}
-        try:
-            for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                params = SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k,
-                    max_tokens=sampling.max_tokens,
-                    stop_token_ids=sorted({*ends, *sampling.stop_token_ids}),
-                    ignore_eos=True,
-                    seed=seed,
-                    logprobs=0,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
-                name = str(self.requests)
-                self.requests += 1
-                places[name] = place
-                core.add_request(name, {"prompt_token_ids": prompt}, params)
-            return self.run(prompts, places, progress)
-        finally:
-            if core.has_unfinished_requests():  # interrupted: the next call must find an idle engine
-                core.abort_request(list(places))
+        ended = []
+        for output in self.llm.llm_engine.step() if self._running else ():
+            completion = output.outputs[0]
+            run = self._running.pop(output.request_id)
+            trace = run.trace(list(completion.token_ids), completion.logprobs, completion.finish_reason)
+            ended.append((output.request_id, trace))
+        stuck = [name for name, run in self._running.items() if self._goes_round(run)]
+        if stuck:
+            ended += [(name, replace(trace, finish_reason="repetition")) for name, trace in self.suspend(stuck)]
+        return ended
 
-    def run(self, prompts: list[list[int]], places: dict[str, int], progress: Progress | None) -> list[Trace]:
-        """Step the engine until every request is done; `places` maps request names to places in `prompts`."""
-        core = self.llm.llm_engine
-        traces: list[Trace | None] = [None] * len(prompts)
-        done = finished_tokens = 0
-        while core.has_unfinished_requests():
-            for output in core.step():
-                place, completion = places[output.request_id], output.outputs[0]
-                ids = list(completion.token_ids)
-                traces[place] = Trace(
-                    prompt_ids=prompts[place],
-                    completion_ids=ids,
-                    logprobs=[entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True)],
-                    versions=[self.version] * len(ids),
-                    finish_reason=completion.finish_reason,
-                )
-                done += 1
-                finished_tokens += len(ids)
-            if progress is not None:
-                running = core.output_processor.request_states.values()
-                progress(done, len(prompts), finished_tokens + sum(s.detokenizer.num_output_tokens() for s in running))
+    def _goes_round(self, run: Run) -> bool:
+        tail, begun = run.request.sampling.stop_repetition, run.request.begun
+        if not tail:
+            return False
+        new = self._count(run)
+        if new == 0 or (new + run.request.drawn) % CHECKED_EVERY:
+            return False
+        return goes_round([*(begun.completion_ids if begun else ()), *self._drawn(run)[0]], tail)
+
+    def suspend(self, ids: Iterable[str] | None = None) -> list[tuple[str, Trace]]:
+        wanted = self._running.keys() if ids is None else set(ids)
+        runs = [run for name, run in self._running.items() if name in wanted]
+        traces = [(run.request.id, run.trace(*self._drawn(run), "suspended")) for run in runs]
+        self.llm.llm_engine.abort_request([run.name for run in runs], internal=True)
+        for run in runs:
+            del self._running[run.request.id]
         return traces
+
+    def _drawn(self, run: Run) -> tuple[list[int], Sequence[dict]]:
+        """Tokens and their logprob entries that the engine has handed out for a running request."""
+        state = self._state(run)
+        return list(state.detokenizer.output_token_ids), state.logprobs_processor.logprobs
+
+    def _count(self, run: Run) -> int:
+        return self._state(run).detokenizer.num_output_tokens()
+
+    def _state(self, run: Run) -> RequestState:
+        return self.llm.llm_engine.output_processor.request_states[run.name]
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
         began = time.perf_counter()
@@ -89,9 +138,24 @@ class VllmWorker(RolloutWorker):
         self.broken = "the last weight sync broke off half-way: sync again, or restart the worker"
         load_in_place(self.model, offered, held)
         size, digest = prove(held, offered)
-        self.llm.reset_prefix_cache()
+        self._drop_cached_prefixes()
         self.version, self.broken = version, None
+        self._mark_version()
         return SyncReport(version, len(held), size, time.perf_counter() - began, digest)
+
+    def _drop_cached_prefixes(self) -> None:
+        """Forget prefixes that the old weights computed, where requests run by having them read again."""
+        caching = self.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+        if caching or not self._running:
+            self.llm.llm_engine.reset_prefix_cache(reset_running_requests=bool(self._running))
+
+    def _mark_version(self) -> None:
+        """Note for each running request at which token the new version begins: after those that the engine has
+        launched already, one step ahead of what it has handed out."""
+        scheduled = self.llm.llm_engine.engine_core.engine_core.scheduler.requests
+        for run in self._running.values():
+            launched = scheduled[run.name].num_output_placeholders
+            run.versions.append((self._count(run) + launched, self.version))
 
     @property
     def model(self) -> torch.nn.Module:

@@ -77,13 +77,27 @@ def test_the_engine_can_be_stepped() -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-    used = "rollout/worker.py VllmWorker._generate"
+    used = "rollout/worker.py VllmWorker"
     assert parameters(LLMEngine.add_request)[1:4] == ["request_id", "prompt", "params"], used
-    assert parameters(LLMEngine.abort_request)[1] == "request_ids", used
-    assert hasattr(LLMEngine, "step") and hasattr(LLMEngine, "has_unfinished_requests"), used
+    source_has(LLMEngine.add_request, "return req_id", used)
+    assert parameters(LLMEngine.abort_request)[1:3] == ["request_ids", "internal"], used
+    assert hasattr(LLMEngine, "step"), used
     source_has(OutputProcessor.__init__, "self.request_states", used)
     source_has(RequestState.__init__, "self.detokenizer", used)
+    source_has(RequestState.__init__, "self.logprobs_processor", used)
     assert hasattr(IncrementalDetokenizer, "num_output_tokens"), used
+    assert hasattr(IncrementalDetokenizer, "output_token_ids"), used
+
+
+def test_tokens_that_are_launched_but_not_handed_out_are_counted() -> None:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    used = "rollout/worker.py VllmWorker._mark_version and _drop_cached_prefixes"
+    source_has(AsyncScheduler._update_after_schedule, "request.num_output_placeholders", used)
+    source_has(Scheduler.__init__, "self.requests: dict[str, Request]", used)
+    assert parameters(LLMEngine.reset_prefix_cache)[1] == "reset_running_requests", used
 
 
 def test_engine_arguments_exist() -> None:
@@ -110,7 +124,7 @@ def test_sampling_parameters_exist() -> None:
 
     assert {"logprobs", "seed", "detokenize", "ignore_eos", "output_kind", "stop_token_ids"} <= set(
         parameters(SamplingParams)
-    ), "rollout/worker.py VllmWorker._generate"
+    ), "rollout/worker.py VllmWorker"
     assert RequestOutputKind.FINAL_ONLY
 
 

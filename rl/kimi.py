@@ -53,7 +53,7 @@ def adapted_minibatches(most: int, effective_share: float) -> int:
     """Into how many minibatches a batch is cut whose importance weights have that effective sample size, a share.
 
     A minibatch of n sequences weighs as much as n x share sequences sampled by the policy itself (Kong 1992). So that
-    it weighs what a minibatch of an agreeing engine does, it grows by 1 / share: there are most x share of them, rounded,
+    it weighs what a minibatch of an agreeing engine does, it grows by 1 / share: there are round(most x share) of them,
     and at least one. The share is measured on the batch's own tokens before its first update, with weights that are
     not truncated: the law has no memory, and nothing to checkpoint.
     """

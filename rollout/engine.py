@@ -12,7 +12,10 @@ from typing import Any
 import psutil
 import torch
 
+from deltarl.rollout.plugin import CHOICE, serves_our_class
+
 OLDEST, NEWEST = (0, 26), (0, 32)
+HYBRID = "KimiLinearForCausalLM"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -121,6 +124,34 @@ def plain_cpu_weights() -> Iterator[None]:
         utils.dispatch_cpu_unquantized_gemm = pack
 
 
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes of decode steps to record CUDA graphs for, ever further apart; others are filled up to the next."""
+    steps = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, 1025, 64))
+    return sorted({size for size in steps if size < max_num_seqs} | {min(max_num_seqs, 1024)})
+
+
+def gpu_settings(max_num_seqs: int) -> dict[str, Any]:
+    """Settings under which our class runs best on a GPU: decode steps as whole CUDA graphs, no compiler.
+
+    The layers call fused kernels themselves; torch.compile would add its minutes of start-up for next to nothing, and
+    there is nothing that FlashInfer could tune.
+    """
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": graph_sizes(max_num_seqs)}
+    return {"compilation_config": graphs, "enable_flashinfer_autotune": False}
+
+
+def register_hybrid() -> None:
+    """Give vLLM our class itself: by its name alone vLLM would import it in a process of its own first."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # would otherwise register the name afterwards
+
+    from deltarl.rollout.vllm_model import KimiLinearForCausalLM
+
+    ModelRegistry.register_model(HYBRID, KimiLinearForCausalLM)
+
+
 def start(
     folder: str | Path,
     *,
@@ -161,8 +192,12 @@ def start(
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
-        if config.get("gate_lower_bound") is not None and not on_cpu:
-            raise EngineError("vLLM's Kimi Linear class has no bounded gate: leave gate_lower_bound unset on a GPU")
+        if HYBRID in config.get("architectures", ()):
+            if serves_our_class():
+                register_hybrid()
+                settings |= {} if on_cpu else gpu_settings(max_num_seqs)
+            elif config.get("gate_lower_bound") is not None:
+                raise EngineError(f"vLLM's Kimi Linear class has no bounded gate: leave {CHOICE} unset")
         if config.get("linear_attn_config") is not None and not config["linear_attn_config"].get("kda_layers"):
             # else vLLM believes the class, which says that there are layers with a state, and finds none to cache
             settings["hf_overrides"] = {"layer_types": ["attention"] * config["num_hidden_layers"]}

@@ -1,4 +1,4 @@
-"""A Kimi Linear hybrid as a vLLM model for the CPU engine, where vLLM's own class (Triton kernels) cannot run."""
+"""A Kimi Linear hybrid as a vLLM model, on CPUs and NVIDIA GPUs."""
 
 from collections.abc import Iterable
 
@@ -6,31 +6,18 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 
-from deltarl.rollout.vllm_layers import (
-    DenseFFN,
-    KdaStates,
-    KimiDeltaAttention,
-    LatentAttention,
-    MoEFFN,
-    RMSNorm,
-    Weight,
-)
-
-
-def kda_layers(config) -> list[int]:
-    return [index for index in range(config.num_hidden_layers) if config.is_kda_layer(index)]
+from deltarl.rollout.vllm_ffn import DenseFFN, MoEFFN
+from deltarl.rollout.vllm_layers import KimiDeltaAttention, LatentAttention
+from deltarl.rollout.vllm_states import LayerStates, state_groups
+from deltarl.rollout.vllm_weights import Embedding, Head, RMSNorm
 
 
 class Layer(nn.Module):
-    def __init__(self, config, vllm_config: VllmConfig, prefix: str, index: int, states: KdaStates | None) -> None:
+    def __init__(self, config, index: int, attention: nn.Module) -> None:
         super().__init__()
-        if config.is_kda_layer(index):
-            self.self_attn = KimiDeltaAttention(config, states, kda_layers(config).index(index))
-        else:
-            self.self_attn = LatentAttention(config, vllm_config, f"{prefix}.self_attn")
+        self.self_attn = attention
         if config.is_moe and index >= config.first_k_dense_replace and index % config.moe_layer_freq == 0:
             self.block_sparse_moe = MoEFFN(config)
         else:
@@ -39,40 +26,52 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x))
-        return x + getattr(self, self.ffn_name)(self.post_attention_layernorm(x))
+    def forward(
+        self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's output is the sum of both tensors, which the next norm makes."""
+        x, residual = self.input_layernorm.after(x, residual)
+        x = self.self_attn(positions, x)
+        x, residual = self.post_attention_layernorm.after(x, residual)
+        return getattr(self, self.ffn_name)(x), residual
 
 
 class Decoder(nn.Module):
     def __init__(self, config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        self.embed_tokens = Weight(torch.empty(config.vocab_size, config.hidden_size))
-        states = None
-        if linear := kda_layers(config):  # vLLM wants one number in a cached layer's name
-            states = KdaStates(config, vllm_config, f"{prefix}.layers.{linear[0]}.kda_states")
-        self.layers = nn.ModuleList(
-            Layer(config, vllm_config, f"{prefix}.layers.{index}", index, states)
-            for index in range(config.num_hidden_layers)
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        attention: dict[int, nn.Module] = {}
+        for group in state_groups(config):  # vLLM wants one number in a cached layer's name
+            states = LayerStates(config, vllm_config, f"{prefix}.layers.{group[0]}.states")
+            attention |= {index: KimiDeltaAttention(config, states, place) for place, index in enumerate(group)}
+        for index in range(config.num_hidden_layers):
+            if index not in attention:
+                attention[index] = LatentAttention(config, vllm_config, f"{prefix}.layers.{index}.self_attn")
+        self.layers = nn.ModuleList(Layer(config, index, attention[index]) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        residual = None
+        for layer in self.layers:
+            x, residual = layer(positions, x, residual)
+        return self.norm.after(x, residual)[0]
 
 
 class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid):
-    """Reads the same config.json and checkpoint as vLLM's own class; one process, no tensor parallelism."""
+    """Reads the same config.json and checkpoint as vLLM's own class."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        if vllm_config.parallel_config.world_size != 1:
-            raise ValueError("the CPU engine serves Kimi Linear in one process: set tensor_parallel_size=1")
+        if vllm_config.parallel_config.pipeline_parallel_size != 1:
+            raise ValueError("the engine serves Kimi Linear without pipeline stages: set pipeline_parallel_size=1")
         self.config = vllm_config.model_config.hf_config
         if self.config.tie_word_embeddings:
             raise ValueError("Kimi Linear has no tied embeddings: write lm_head.weight and tie_word_embeddings=false")
         self.model = Decoder(self.config, vllm_config, f"{prefix}.model" if prefix else "model")
-        self.lm_head = Weight(torch.empty(self.config.vocab_size, self.config.hidden_size))
+        self.lm_head = Head(self.config.vocab_size, self.config.hidden_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return nn.functional.embedding(input_ids, self.model.embed_tokens.weight)
+        return self.model.embed_tokens(input_ids)
 
     def forward(
         self,
@@ -82,21 +81,18 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid):
         inputs_embeds: torch.Tensor | None = None,
         **_,
     ) -> torch.Tensor:
-        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        for layer in self.model.layers:
-            x = layer(x)
-        return self.model.norm(x)
+        return self.model(positions, self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states, self.lm_head.weight)
+        return self.lm_head(hidden_states)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        return KdaStates.dtypes(vllm_config.model_config, vllm_config.cache_config)
+        return LayerStates.dtypes(vllm_config)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        return KdaStates.shapes(vllm_config.model_config.hf_config)
+        return LayerStates.shapes(vllm_config)
 
     @classmethod
     def get_mamba_state_copy_func(cls):
@@ -107,8 +103,6 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid):
         parameters = dict(self.named_parameters())
         loaded = set()
         for name, tensor in weights:
-            param = parameters[name]
-            loader = getattr(param, "weight_loader", default_weight_loader)
-            loader(param, tensor.reshape(param.shape))
+            parameters[name].weight_loader(parameters[name], tensor)
             loaded.add(name)
         return loaded

@@ -1,7 +1,9 @@
 """Pins the private parts of vLLM that rollout/ touches; each failure says what changed and where we use it."""
 
+import ast
 import inspect
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from deltarl.rollout.engine import check_vllm_version, prepare_environment
 
 prepare_environment()
 
+import vllm  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 ON_CPU = pytest.mark.skipif(not current_platform.is_cpu(), reason="a part of vLLM's CPU platform")
@@ -114,6 +117,8 @@ def test_engine_arguments_exist() -> None:
         "enable_prefix_caching",
         "kv_cache_memory_bytes",
         "hf_overrides",
+        "compilation_config",
+        "enable_flashinfer_autotune",
     }
     assert needed <= known, f"vLLM dropped {sorted(needed - known)}; used in rollout/engine.py start"
 
@@ -162,25 +167,93 @@ def test_stacked_layers_say_their_parts() -> None:
 
 def test_state_cache_interface() -> None:
     from vllm.model_executor.layers.mamba.abstract import MambaBase
-    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator, MambaStateShapeCalculator
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator, MambaStateShapeCalculator
 
-    used = "rollout/vllm_layers.py KdaStates"
+    used = "rollout/vllm_states.py LayerStates"
     assert {"get_state_shape", "get_state_dtype", "mamba_type"} == set(MambaBase.__abstractmethods__), used
+    assert hasattr(MambaBase, "get_attn_backend"), used
     shapes = MambaStateShapeCalculator.kda_state_shape(1, 6, 32, conv_kernel_size=4)
     assert sorted(shapes[0]) == [3, 3 * 6 * 32] and shapes[1] == (6, 32, 32), used
-    assert parameters(MambaStateDtypeCalculator.kda_state_dtype)[:2] == ["model_dtype", "mamba_cache_dtype"], used
+    assert MambaStateCopyFuncCalculator.kda_state_copy_func(), "rollout/vllm_model.py"
 
 
-def test_gdn_metadata_fields() -> None:
-    from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
+def test_a_builder_of_metadata_gets_the_batch_on_the_host() -> None:
+    from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+    from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, mamba_get_block_table_tensor
 
+    used = "rollout/vllm_states.py StateMetadataBuilder"
+    needed = {"num_reqs", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "block_table_tensor"}
+    gone = needed - {field.name for field in fields(CommonAttentionMetadata)}
+    assert not gone, f"vLLM dropped {sorted(gone)}; used in {used}"
+    assert parameters(AttentionMetadataBuilder.build)[1:] == [
+        "common_prefix_len",
+        "common_attn_metadata",
+        "fast_build",
+    ], used
+    assert parameters(AttentionMetadataBuilder.__init__)[1:] == [
+        "kv_cache_spec",
+        "layer_names",
+        "vllm_config",
+        "device",
+    ], used
+    assert parameters(mamba_get_block_table_tensor) == [
+        "block_table",
+        "seq_lens",
+        "kv_cache_spec",
+        "mamba_cache_mode",
+    ], used
+    assert NULL_BLOCK_ID == 0, used
+
+
+def test_latent_attention_takes_any_projection_with_a_weight() -> None:
+    from vllm.model_executor.layers.attention import MLAAttention
+    from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+
+    used = "rollout/vllm_layers.py LatentAttention.latent_attention and vllm_weights.py HeadsUp"
     needed = {
-        "num_decodes",
-        "num_prefills",
-        "num_actual_tokens",
-        "non_spec_state_indices_tensor",
-        "non_spec_query_start_loc",
-        "has_initial_state",
+        "num_heads",
+        "scale",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "kv_b_proj",
+        "cache_config",
+        "prefix",
     }
-    gone = needed - {field.name for field in fields(GDNAttentionMetadata)}
-    assert not gone, f"vLLM dropped {sorted(gone)}; used in rollout/vllm_layers.py KimiDeltaAttention.attend"
+    assert needed <= set(parameters(MLAAttention.__init__)), used
+    assert parameters(MLAAttention.forward)[1:5] == ["q", "kv_c_normed", "k_pe", "output_shape"], used
+    source_has(get_and_maybe_dequant_weights, "layer.quant_method is None", used)
+
+
+def test_small_gpu_operators_exist() -> None:
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.activation import SiluAndMul
+
+    used = "rollout/vllm_weights.py RMSNorm, silu_and_multiply"
+    assert parameters(ops.rms_norm) == ["out", "input", "weight", "epsilon"], used
+    assert parameters(ops.fused_add_rms_norm) == ["input", "residual", "weight", "epsilon"], used
+    source_has(SiluAndMul, "torch.ops._C.silu_and_mul", used)
+
+
+def test_fused_experts_are_a_function_of_plain_tensors() -> None:
+    used = "rollout/vllm_ffn.py MoEFFN.fused"
+    path = Path(vllm.__file__).parent / "model_executor/layers/fused_moe/fused_moe.py"
+    function = next(
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "fused_experts"
+    )
+    names = [argument.arg for argument in function.args.args]
+    assert names[:5] == ["hidden_states", "w1", "w2", "topk_weights", "topk_ids"], used
+
+
+def test_decode_steps_can_be_whole_cuda_graphs_without_a_compiler() -> None:
+    from vllm.config import CompilationConfig, CUDAGraphMode
+
+    from deltarl.rollout.engine import gpu_settings
+
+    config = CompilationConfig(**gpu_settings(64)["compilation_config"])
+    assert config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY and config.mode == 0
+    assert config.cudagraph_capture_sizes[-1] == 64

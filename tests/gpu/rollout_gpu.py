@@ -1,11 +1,13 @@
-"""vLLM on one GPU against the trainer's model: parity before and after three syncs, speed, start time, for kda and mla.
+"""vLLM on one GPU against the trainer's model: parity before and after three syncs, speed, start time, for every arm.
 
-Run by hand:  python tests/gpu/rollout_gpu.py [kda mla]        (four minutes an arm; prints a table last)
+Run by hand:  python tests/gpu/rollout_gpu.py [kda mla moe] [--log FOLDER] [--limit SECONDS]
+Each arm runs in a process of its own, and a failed or late one does not stop the others; their tables come as they end.
+DELTARL_VLLM_MODEL=vllm has vLLM's own class serve.
 
 The floor is the distance between the trainer's model in bf16 and in fp32 on the same tokens: what bf16 alone costs.
 """
 
-import gc
+import argparse
 import os
 import subprocess
 import sys
@@ -24,6 +26,14 @@ from transformers import PreTrainedTokenizerFast
 from deltarl.model import build_model, checkpoint_tensors, save_checkpoint
 from deltarl.rollout import Sampling, SyncReport, Trace, make_worker
 
+MOE = {
+    "mlp_layer_types": ["dense"] + ["sparse"] * 7,
+    "num_experts": 16,
+    "num_experts_per_token": 2,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 512,
+}
+ARMS = {"kda": ("kda", {}), "mla": ("mla", {}), "moe": ("kda", MOE), "bounded": ("kda", {"gate_lower_bound": -5.0})}
 VOCAB = 8192
 SEQUENCES, TOKENS = 256, 512
 GREEDY = Sampling(temperature=0, max_tokens=64, ignore_eos=True)
@@ -70,8 +80,9 @@ def compare(arm: str, weights: str, model, traces: list[Trace], note: str) -> Ro
 
 
 def run(arm: str) -> list[Row]:
+    plan, overrides = ARMS[arm]
     torch.manual_seed(0)
-    master = build_model(arm, "30m", vocab_size=VOCAB).cuda().eval()
+    master = build_model(plan, "30m", vocab_size=VOCAB, **overrides).cuda().eval()
     words = {f"t{index}": index for index in range(VOCAB)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t0")))
     folder = Path(tempfile.mkdtemp()) / arm
@@ -86,18 +97,20 @@ def run(arm: str) -> list[Row]:
         gpu_memory_utilization=0.4,
     )
     start = time.perf_counter() - began
+    worker.generate([[1, 2, 3]], GREEDY, seeds=[0])
+    first = time.perf_counter() - began
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in (2, 3, 17, 64, 65, 200, 400)]
 
     rows = []
-    note = f"start {start:.0f} s"
+    note = f"start {start:.1f} s, first completion at {first:.1f} s"
     for version in range(4):
         if version:
             scramble(master, version)
             report: SyncReport = worker.sync_weights(checkpoint_tensors(master), version)
             note = f"sync {report.seconds * 1e3:.0f} ms, {report.tensors} tensors"
         traces = worker.generate(prompts, GREEDY, seeds=[0] * len(prompts))
-        copy = build_model(arm, "30m", vocab_size=VOCAB).cuda().eval()
+        copy = build_model(plan, "30m", vocab_size=VOCAB, **overrides).cuda().eval()
         copy.load_state_dict(master.state_dict())
         rows.append(compare(arm, f"version {version}", copy, traces, note))
 
@@ -112,25 +125,43 @@ def run(arm: str) -> list[Row]:
     again = sum(a.completion_ids == b.completion_ids for a, b in zip(*outputs, strict=True)) / SEQUENCES
     rows[0].note += f", {max(speeds):.0f} tok/s at {SEQUENCES} x {TOKENS}, same seeds same tokens {again:.0%}"
     worker.close()
-    del worker, master, copy
-    gc.collect()
-    torch.cuda.empty_cache()
     return rows
 
 
-def main() -> None:
-    arms = sys.argv[1:] or ["kda", "mla"]
-    if len(arms) > 1:  # vLLM captures CUDA graphs for one engine a process
-        for arm in arms:
-            subprocess.run([sys.executable, __file__, arm], check=True)
-        return
-    print("\narm  weights    greedy=argmax(fp32)  mean gap  max gap  bf16 floor  notes")
-    for row in run(arms[0]):
+def print_rows(rows: list[Row]) -> None:
+    print("\narm      weights    greedy=argmax(fp32)  mean gap  max gap  bf16 floor  notes")
+    for row in rows:
         print(
-            f"{row.arm:4s} {row.weights:10s} {row.same_tokens:19.1%} {row.gap_mean:9.4f} {row.gap_max:8.3f} "
-            f"{row.floor:11.4f}  {row.note}"
+            f"{row.arm:8s} {row.weights:10s} {row.same_tokens:19.1%} {row.gap_mean:9.4f} {row.gap_max:8.3f} "
+            f"{row.floor:11.4f}  {row.note}",
+            flush=True,
         )
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arms", nargs="*", default=["kda", "mla"], help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--log", help="folder for what vLLM says, a file an arm")
+    parser.add_argument("--limit", type=int, default=240, help="seconds for an arm")
+    args = parser.parse_args()
+    if len(args.arms) == 1 and args.log is None:
+        print_rows(run(args.arms[0]))
+        return 0
+    folder = Path(args.log or tempfile.mkdtemp())
+    failed = 0
+    for arm in args.arms:  # vLLM captures CUDA graphs for one engine a process
+        log = folder / f"{arm}.log"
+        environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
+        with log.open("w") as stderr:
+            command = ["timeout", str(args.limit), sys.executable, __file__, arm]
+            code = subprocess.run(command, stderr=stderr, env=environment).returncode
+        if code:
+            failed += 1
+            print(
+                f"{arm}: exit code {code}; the end of {log}:", *log.read_text().splitlines()[-40:], sep="\n", flush=True
+            )
+    return failed
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

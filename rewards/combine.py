@@ -60,6 +60,7 @@ class CombineVerifier:
         self.parts: list[Part] = []
         for part in parts:
             self.parts.append(_part(part, [p.name for p in self.parts]))
+        self.grouped = any(getattr(part.verifier, "grouped", False) for part in self.parts)
         names = [part.name for part in self.parts]
         if status is not None and (how == "first" or status not in names):
             raise ValueError(f"status {status!r}: name a part ({', '.join(names)}), and only where how is weighted")

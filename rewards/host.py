@@ -38,6 +38,8 @@ class VerifierHost:
     other without an answer, each task is tried once and starts are spaced out, up to 3.2 s. A task that ran out of
     memory in a worker that had served others is tried again in a fresh one.
 
+    grouped: whether the verifier needs `meta["group_lengths"]` (`Verifier.grouped`).
+
     The host belongs to the process that made it. A worker dies with that process, however it ends; what a verifier
     starts dies with its worker unless it leaves the worker's process group.
 
@@ -76,7 +78,7 @@ class VerifierHost:
             for _ in range(workers):
                 self._slots.append(Slot(self._queue, self.spec.name, setup, timeout))
             for slot in self._slots:
-                slot.ready.result()
+                self.grouped = slot.ready.result()
         except BaseException:
             self.close()
             raise

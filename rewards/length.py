@@ -62,6 +62,7 @@ class LengthVerifier:
         self.limit = limit
         self.cache = cache
         self.correct = correct
+        self.grouped = shape == "kimi"
 
     def check_gold(self, gold: str | Sequence[str]) -> None:
         """Any gold will do."""

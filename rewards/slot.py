@@ -63,12 +63,14 @@ class Worker:
         self._lock = threading.Lock()
         self._ended = False
 
-    def load(self, setup: bytes) -> None:
-        """Has the process load its verifier. Raises VerifierLoadError, TimeoutError, or EOFError and OSError."""
+    def load(self, setup: bytes) -> bool:
+        """Has the process load its verifier, and returns whether that is `grouped`. Raises VerifierLoadError,
+        TimeoutError, or EOFError and OSError."""
         self._channel.post(setup)
-        problem = decode(self._channel.receive(START_SECONDS)[0])
-        if problem is not None:
-            raise VerifierLoadError(problem)
+        answer = decode(self._channel.receive(START_SECONDS)[0])
+        if isinstance(answer, str):
+            raise VerifierLoadError(answer)
+        return answer
 
     def give(self, tasks: Iterable[Task]) -> None:
         """Never blocks; the process answers them after those that it has already."""
@@ -128,7 +130,7 @@ class Slot:
     replaces the worker when it hangs or dies.
 
     setup: pickled {"spec", "memory_mb"}. timeout: seconds for each task. `ready` is done when the first worker can
-    take tasks; its exception says why it cannot (VerifierLoadError).
+    take tasks, and is whether its verifier is `grouped`; its exception says why it cannot (VerifierLoadError).
     """
 
     def __init__(self, queue: TaskQueue, name: str, setup: bytes, timeout: float) -> None:
@@ -138,7 +140,7 @@ class Slot:
         self.timeout = timeout
         self.worker: Worker | None = None
         self.stale = 0
-        self.ready: Future[None] = Future()
+        self.ready: Future[bool] = Future()
         self.thread = threading.Thread(target=self._run, name=f"verifier {name}", daemon=True)
         self.thread.start()
 
@@ -149,12 +151,12 @@ class Slot:
 
     def _run(self) -> None:
         try:
-            self._start()
+            grouped = self._start()
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for `ready`
             self._end()
             self.ready.set_exception(error)
             return
-        self.ready.set_result(None)
+        self.ready.set_result(grouped)
         while True:
             problem = self._restore()
             tasks = deque(self.queue.take(self))
@@ -169,8 +171,8 @@ class Slot:
                 self.queue.give_back(tasks)
         self._end(GRACE_SECONDS)
 
-    def _start(self) -> None:
-        """Raises VerifierLoadError with the line that says why there is no worker now."""
+    def _start(self) -> bool:
+        """Whether the verifier is `grouped`. Raises VerifierLoadError: the line says why there is no worker now."""
         try:
             self.worker = Worker()
         except OSError as error:
@@ -178,7 +180,7 @@ class Slot:
         if self.queue.closed.is_set():
             self.worker.kill()
         try:
-            self.worker.load(self.setup)
+            grouped = self.worker.load(self.setup)
         except TimeoutError as error:
             line = f"verifier {self.name!r} was not ready after {START_SECONDS:.0f} s: see its warm_up()"
             raise VerifierLoadError(line) from error
@@ -186,6 +188,7 @@ class Slot:
             line = f"the worker of verifier {self.name!r} died at its start ({self._end()}): see its stderr"
             raise VerifierLoadError(line) from error
         self.queue.set_ready(self, True)
+        return grouped
 
     def _restore(self) -> str | None:
         """Sees to it that there is a worker; None, or the line that says why neither this slot nor another has one."""

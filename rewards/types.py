@@ -40,7 +40,9 @@ class Verifier(Protocol):
     """A plain, picklable object; uses no signals, no threads, no eval.
 
     Two further methods are called where they exist: `check_gold(gold) -> str | None` says in one line why a gold
-    cannot be graded against, and `warm_up() -> None` does slow imports before the first deadline starts.
+    cannot be graded against, and `warm_up() -> None` does slow imports before the first deadline starts. One that reads
+    `meta["group_lengths"]` says so by an attribute `grouped = True`: a response is then verified when every response
+    to its prompt is there, and not as soon as it ends itself.
     """
 
     name: str

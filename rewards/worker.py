@@ -26,8 +26,9 @@ def main(file_descriptor: int, parent: int) -> None:
     """Serves until the parent closes the connection or dies.
 
     First message in: pickled {"spec": VerifierSpec, "memory_mb": int}. First message out, as all that follow in JSON:
-    null when ready, else the line that says why not. Then each message in is a pickled list of tasks (kind, response,
-    gold, meta), each answered by one message [score, status, extracted, info, seconds, exhausted] in order.
+    when ready whether the verifier is `grouped`, else the line that says why it is not. Then each message in is a
+    pickled list of tasks (kind, response, gold, meta), each answered by one message [score, status, extracted, info,
+    seconds, exhausted] in order.
 
     Answers are JSON so that nothing a verifier is made to say can run in the parent.
     """
@@ -42,7 +43,7 @@ def main(file_descriptor: int, parent: int) -> None:
     except VerifierLoadError as error:
         channel.send(encode(str(error)))
         return
-    channel.send(encode(None))
+    channel.send(encode(bool(getattr(verifier, "grouped", False))))
     with contextlib.suppress(EOFError):
         serve(channel, verifier)
 

@@ -77,6 +77,16 @@ def test_kimi_shape_reads_the_part_before_it():
     assert [right.score, wrong.score, long.score] == [1.5, 0.0, 0.5]
 
 
+def test_a_verifier_that_compares_lengths_says_so_to_the_host():
+    kimi = {"verifier": "length", "options": {"shape": "kimi", "correct": "numeric"}}
+    plain = {"verifier": "length", "options": {"shape": "target", "target": 9}}
+    for part, expected in ((kimi, True), (plain, False)):
+        spec = VerifierSpec("combine", {"parts": [{"verifier": "numeric"}, part]})
+        assert load_verifier(spec).grouped is expected
+        with VerifierHost(spec) as host:
+            assert host.grouped is expected
+
+
 def test_kimi_shape_alone_is_an_error():
     verifier = load_verifier(VerifierSpec("length", {"shape": "kimi", "correct": "math"}))
     with pytest.raises(ValueError, match="no part 'math' before length"):

@@ -27,10 +27,14 @@ class Checkpointing:
         self._save_optimizer_and_scheduler(str(temporary))
         self._save_rng_state(str(temporary))
         self.state.save_to_json(str(temporary / STATE_FILE))
+        self.write_more(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
         return folder
+
+    def write_more(self, folder: Path) -> None:
+        """Write what else this trainer needs to go on; a checkpoint's folder is complete after it."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
         """Nothing to do: the model was built from the checkpoint folder."""

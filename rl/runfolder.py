@@ -14,6 +14,7 @@ from deltarl.rl.jobs import Job, dump_job, load_job
 from deltarl.rl.metrics import MetricsLog
 
 STATE_FILE = "trainer_state.json"
+COLLECTOR_FILE = "collector.json"
 
 
 class RunFolder:

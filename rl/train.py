@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from deltarl.model import save_checkpoint
 from deltarl.rewards import VerifierHost
+from deltarl.rl.collect import Collector
 from deltarl.rl.errors import UserError
 from deltarl.rl.evaluate import evaluate
 from deltarl.rl.interrupt import Interrupted, StopRequest
@@ -23,7 +24,7 @@ from deltarl.rl.metrics import read_metrics
 from deltarl.rl.parts import Problems, check_engine, load_data, new_policy, open_engine, open_host, open_model, say
 from deltarl.rl.prompts import check_prompt_lengths
 from deltarl.rl.report import write_report
-from deltarl.rl.runfolder import RunFolder
+from deltarl.rl.runfolder import COLLECTOR_FILE, RunFolder
 from deltarl.rl.sft import warm_up
 from deltarl.rl.trainer import RLTrainer, updates_per_step
 
@@ -116,18 +117,18 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
     worker = open_engine(job, path)
     try:
         model, tokenizer = open_model(path)
+        collector = Collector(job=job, problems=data.train, tokenizer=tokenizer, worker=worker, host=host, stop=stop)
         trainer = RLTrainer(
             model=model,
             tokenizer=tokenizer,
             job=job,
-            problems=data.train,
-            worker=worker,
-            host=host,
+            collector=collector,
             run=folder,
-            stop=stop,
             reference=open_model(start)[0] if job.rl.beta > 0 else None,
         )
         trainer.state.global_step = first * updates_per_step(job)
+        if first:
+            collector.load_state_dict(json.loads((folder.checkpoint(first) / COLLECTOR_FILE).read_text()))
         stage = RLStage(trainer, data, first)
         stage.evaluate_if_due(first)
         stage.run(path if first else None)
@@ -142,7 +143,7 @@ class RLStage:
 
     def __init__(self, trainer: RLTrainer, data: Problems, first: int) -> None:
         self.trainer, self.data, self.first = trainer, data, first
-        self.job, self.folder, self.stop = trainer.job, trainer.run, trainer.stop
+        self.job, self.folder, self.stop = trainer.job, trainer.run, trainer.collector.stop
         trainer.after_step = self.after_step
 
     def run(self, checkpoint: str | None) -> None:
@@ -187,10 +188,10 @@ class RLStage:
         """Held-out accuracy of the weights in the engine, into metrics.jsonl and eval/."""
         trainer = self.trainer
         row, traces = evaluate(
-            trainer.worker,
+            trainer.collector.worker,
             trainer.processing_class,
             self.data.heldout,
-            trainer.host,
+            trainer.collector.host,
             self.job,
             step=step,
             stage=stage,

@@ -5,69 +5,36 @@ import inspect
 import pytest
 from transformers import Trainer, TrainerState
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer import grpo_trainer
-from trl.trainer.utils import add_fused_lm_head
-
-SOURCE = inspect.getsource(GRPOTrainer)
+from trl.kernels import ChunkedLogProbFunction
 
 
 def parameters(function) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def test_engine_is_asked_through_vllm_generation():
-    source = inspect.getsource(GRPOTrainer._generate_single_turn)
-    for piece in (
-        "if self.use_vllm",
-        "self.state.global_step != self._last_loaded_step",
-        "self.vllm_generation.sync_weights()",
-        "_, completion_ids, logprobs, _ = self.vllm_generation.generate(",
-        "prompts=prompt_ids",
-        "num_generations=num_generations",
-        "[[lp[0] for lp in seq] for seq in logprobs]",
-    ):
-        assert piece in source, f"TRL samples differently now ({piece!r} is gone): see EngineBridge in rl/trainer.py"
+def test_trainer_can_do_without_trl_s_scoring():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    for piece in ("if reward_funcs is None:", "if self.beta == 0.0:", "self.ref_model = None"):
+        assert piece in source, f"TRL builds its trainer differently ({piece!r} is gone): see RLTrainer.__init__"
 
 
-def test_scored_batch_has_what_the_loss_needs():
-    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
-    for key in (
-        "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
-        "old_per_token_logps", "sampling_per_token_logps", "ref_per_token_logps",
-    ):  # fmt: skip
-        assert f'"{key}"' in source, f"TRL's scored batch has no {key} now: see RLTrainer._compute_loss"
-    assert "self.args.gradient_accumulation_steps % generate_every != 0 or (" in source, (
-        "TRL decides differently when to compute old logprobs: see RLTrainer._compute_loss"
+def test_an_optimizer_step_is_one_training_step():
+    assert parameters(Trainer.training_step) == ["self", "model", "inputs", "num_items_in_batch"], (
+        "see RLTrainer.training_step"
+    )
+    loop = inspect.getsource(Trainer._run_epoch)
+    for piece in ("self.training_step(model, inputs, num_items_in_batch)", "self.state.global_step += 1"):
+        assert piece in loop, f"transformers' loop changed ({piece!r} is gone): see RLTrainer.training_step"
+    assert "self.get_train_dataloader()" in inspect.getsource(Trainer._inner_training_loop), (
+        "see RLTrainer.get_train_dataloader"
     )
 
 
-def test_loss_is_computed_in_one_place():
-    assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"], "see RLTrainer._compute_loss"
-    assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[:5] == [
-        "self", "model", "input_ids", "attention_mask", "logits_to_keep"
-    ], "see RLTrainer._compute_loss"  # fmt: skip
-
-
-def test_a_batch_of_traces_is_generated_once_per_window():
-    source = inspect.getsource(GRPOTrainer._prepare_inputs)
-    assert "generate_every = self.args.steps_per_generation * self.num_iterations" in source, (
-        "TRL's generation window changed: see updates_per_step in rl/trainer.py"
-    )
-
-
-def test_reference_model_is_set_after_construction():
-    for piece in ("self.beta != 0.0", "self.ref_model is not None"):
-        assert piece in SOURCE, f"TRL decides on the reference differently ({piece!r}): see RLTrainer._set_reference"
-    assert parameters(add_fused_lm_head)[:2] == ["model", "temperature"], (
-        "add_fused_lm_head: see RLTrainer._set_reference"
-    )
-    assert "fused_lm_head=True" in inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies), (
-        "TRL computes logprobs without the fused head now: see RLTrainer._set_reference"
-    )
-
-
-def test_end_tokens_come_from_the_trainer():
-    assert "self.eos_token_ids = " in SOURCE, "TRL has no eos_token_ids now: see RLTrainer.sample"
+def test_fused_head_takes_flat_states():
+    assert parameters(ChunkedLogProbFunction.forward)[1:] == [
+        "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+        "outputs",
+    ], "see _score in rl/forward.py"  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -96,11 +63,3 @@ def test_config_has_every_key_that_is_set():
     keys = re.findall(r"^        (\w+)=", inspect.getsource(trainer.grpo_config), flags=re.MULTILINE)
     unknown = set(keys) - set(parameters(GRPOConfig))
     assert not unknown, f"GRPOConfig no longer knows {sorted(unknown)}: see grpo_config in rl/trainer.py"
-
-
-def test_sampler_repeats_rows_in_order():
-    sampler = grpo_trainer.RepeatSampler(
-        data_source=list(range(4)), mini_repeat_count=2, batch_size=2, repeat_count=3, shuffle=False, seed=0
-    )
-    window = [0, 0, 1, 1] * 3 + [2, 2, 3, 3] * 3
-    assert list(sampler) == window, "TRL orders prompts differently now: see training_order in rl/trainer.py"

@@ -19,7 +19,7 @@ BASE = {
         "steps": 2,
         "prompts_per_step": 2,
         "num_generations": 2,
-        "micro_batch_size": 4,
+        "token_budget": 400,
         "max_completion_length": 8,
     },
     "eval": {"every": 1},
@@ -46,7 +46,7 @@ def test_runs_differ_in_arm_and_seed_alone(folder, capsys):
 
 def test_unknown_arm_is_refused_before_any_run(folder, capsys):
     assert main(["compare", "two.yaml", "--set", "arms=[kda, rnn]"]) == 2
-    assert "known arms are kda, mla" in capsys.readouterr().err
+    assert "known arms are gdn, kda, kda-1:1, kda-7:1, mla, mla-rope" in capsys.readouterr().err
     assert not (folder / "runs").exists()
 
 

@@ -38,7 +38,7 @@ def part(batch, rows):
 
 
 def settings(**options):
-    return RLConfig(**{"beta": 0.1, "max_completion_length": 8, "micro_batch_size": 1, **options})
+    return RLConfig(**{"beta": 0.1, "max_completion_length": 8, **options})
 
 
 VARIANTS = [

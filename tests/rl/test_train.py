@@ -21,7 +21,7 @@ JOB = {
         "steps": STEPS,
         "prompts_per_step": 4,
         "num_generations": 4,
-        "micro_batch_size": 8,
+        "token_budget": 400,
         "minibatches": 2,
         "beta": 0.01,
         "learning_rate": 1e-3,

@@ -1,0 +1,88 @@
+"""Log-probabilities of the completions in a pack, without [T, vocabulary] logits in memory."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.kernels import ChunkedLogProbFunction
+
+from deltarl.model import HybridForCausalLM
+from deltarl.rl.packing import Pack
+
+VOCABULARY_TILE = 32768
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Of every completion token of a pack: its logprob [S] and the entropy [S] of the distribution it is of, in nats.
+
+    hidden: the states [S, D] that the distributions come from, those after the token before; None unless asked for.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor | None
+    hidden: Tensor | None
+
+
+def enable_scoring(model: nn.Module) -> None:
+    """Give a causal LM's forward the argument `score`, for `packed_logprobs`.
+
+    It goes through `forward` so that the wrappers of data-parallel and sharded training see the call.
+    """
+    plain = model.forward
+
+    def forward(self: Any, *args: Any, score: tuple[Tensor, Tensor, float, bool] | None = None, **inputs: Any) -> Any:
+        return plain(*args, **inputs) if score is None else _score(self, score, inputs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def packed_logprobs(
+    model: nn.Module, pack: Pack, *, temperature: float = 1.0, entropy: bool = False, hidden: bool = False
+) -> Scored:
+    """What `model`, to which `enable_scoring` was applied, says about the completions of a pack.
+
+    Logprobs and entropies are of softmax(logits / temperature). In the backward pass the logits are computed again,
+    tile by tile.
+    """
+    rows = torch.arange(max(pack.lengths)) < torch.tensor(pack.lengths).unsqueeze(1)
+    if isinstance(unwrapped(model), HybridForCausalLM):
+        cu_seqlens = torch.tensor([0, *pack.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        inputs, before = {"input_ids": pack.ids.unsqueeze(0), "cu_seqlens": cu_seqlens}, pack.before
+    else:
+        mask = rows.to(pack.ids.device)
+        place = mask.flatten().nonzero().squeeze(1)
+        ids = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, pack.ids)
+        inputs, before = {"input_ids": ids, "attention_mask": mask.long()}, place[pack.before]
+    logprobs, entropies, states = model(**inputs, score=(before, pack.targets, temperature, entropy))
+    return Scored(logprobs, entropies, states if hidden else None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel and adapter wrappers."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _score(
+    model: Any, score: tuple[Tensor, Tensor, float, bool], inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    before, targets, temperature, entropy = score
+    states = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[before]
+    head = model.get_output_embeddings()
+    logprobs, entropies, *_ = ChunkedLogProbFunction.apply(
+        states,
+        head.weight,
+        head.bias,
+        targets,
+        temperature,
+        min(VOCABULARY_TILE, len(head.weight)),
+        None,
+        1.0,
+        ("log_probs", "entropy") if entropy else ("log_probs",),
+    )
+    return logprobs, entropies, states

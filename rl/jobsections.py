@@ -1,0 +1,161 @@
+"""The sections of a job file: every key with its default and its bounds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from deltarl.rl.algorithmsections import CriticConfig, CurriculumConfig, KimiConfig, PTXConfig, check_algorithm
+from deltarl.rl.losses.correction import Correction
+from deltarl.rl.section import Section
+from deltarl.rl.section import Section
+
+
+class ModelConfig(Section):
+    """The policy: a folder or hub name (`path`), or an arm and size built from scratch."""
+
+    path: str | None = None
+    arm: str = "kda"
+    size: str = "2m"
+    vocab_size: int = Field(512, ge=280, description="tokenizer vocabulary of a model built from scratch")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the learner's and engine's compute")
+
+
+class DataConfig(Section):
+    """Problems with ground truth, and how they become prompts."""
+
+    source: str = Field("procedural", description="procedural, a .jsonl file, or a hub name such as openai/gsm8k")
+    subset: str | None = None
+    heldout: str | None = Field(None, description="a .jsonl file or hub split; null splits it off the source")
+    train_size: int | None = Field(None, ge=1)
+    heldout_size: int = Field(200, ge=1)
+    tasks: dict[str, float] = Field(default_factory=lambda: {"chain_sum": 1.0, "linear_equation": 1.0})
+    difficulty: int = Field(1, ge=1)
+    instruction: str = "{question}"
+    question_field: str | None = None
+    gold_field: str | None = None
+    max_bad_gold: float = Field(0.01, ge=0, le=1, description="share of golds that may fail to parse")
+
+    @field_validator("instruction")
+    @classmethod
+    def _has_question(cls, value: str) -> str:
+        if "{question}" not in value:
+            raise ValueError("must contain {question}")
+        return value
+
+
+class SFTSource(Section):
+    """One weighted source of the SFT mix: `solutions`, `chat`, or a .jsonl file."""
+
+    name: str
+    weight: float = Field(1.0, gt=0)
+
+
+class SFTConfig(Section):
+    """The supervised warm-up; `steps: 0` leaves it out."""
+
+    steps: int = Field(0, ge=0)
+    batch_size: int = Field(64, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    max_length: int = Field(256, ge=8)
+    sources: list[SFTSource] = Field(
+        default_factory=lambda: [SFTSource(name="solutions", weight=0.8), SFTSource(name="chat", weight=0.2)],
+        min_length=1,
+    )
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> SFTConfig:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size = {self.batch_size} must be a multiple of micro_batch_size = {self.micro_batch_size}"
+            )
+        return self
+
+
+class RewardsConfig(Section):
+    """Which verifier scores a trace, and the worker pool that runs it."""
+
+    verifier: str = Field("math", description="a built-in or installed name, package.module:attr, or file.py:attr")
+    options: dict[str, Any] = Field(default_factory=dict)
+    workers: int = Field(1, ge=1)
+    timeout: float = Field(5.0, gt=0, description="seconds one verification may take")
+    memory_mb: int = Field(2048, ge=64)
+
+
+class RolloutConfig(Section):
+    """The engine that samples traces."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    max_model_len: int = Field(256, ge=8, description="tokens of prompt and response together")
+    max_num_seqs: int = Field(256, ge=1)
+    gpu_memory_utilization: float = Field(0.2, gt=0, lt=1)
+
+
+class RLConfig(Section):
+    """The policy's learning. Names are TRL's where TRL has the notion."""
+
+    algorithm: Literal["grpo", "ppo", "kimi"] = "grpo"
+    steps: int = Field(60, ge=0)
+    prompts_per_step: int = Field(32, ge=1)
+    num_generations: int = Field(8, ge=1, description="samples per prompt: the group of the group baseline")
+    token_budget: int = Field(16384, ge=1, description="tokens of prompts and completions per forward/backward pass")
+    num_iterations: int = Field(1, ge=1, description="optimizer passes over one batch of traces")
+    minibatches: int = Field(1, ge=1, description="optimizer steps that one batch of traces is split into")
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    beta: float = Field(0.0, ge=0, description="coefficient of the KL to the policy RL started from")
+    epsilon: float = Field(0.2, gt=0)
+    epsilon_high: float | None = Field(None, gt=0, description="DAPO's clip-higher; the cap itself with cispo")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"] = "dr_grpo"
+    importance_sampling_level: Literal["token", "sequence"] = Field("token", description="sequence: GSPO")
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = Field("loss", description="where beta x KL goes: into the loss or the rewards")
+    entropy_bonus: float = Field(0.0, ge=0)
+    baseline: Literal["mean", "leave_one_out", "none"] = Field("mean", description="leave_one_out: RLOO")
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    importance_sampling: Correction | Literal["none"] = Field(
+        "token_truncate", description="weights of the learner's policy against the engine's"
+    )
+    importance_sampling_cap: float = Field(2.0, gt=0)
+    importance_sampling_floor: float = Field(0.0, ge=0, description="least weight; below it a mask mode gives 0")
+    critic: CriticConfig | None = Field(None, description="ppo")
+    kimi: KimiConfig | None = Field(None, description="kimi; null: its defaults")
+    ptx: PTXConfig | None = None
+    curriculum: CurriculumConfig | None = None
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_completion_length: int = Field(128, ge=1)
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(20, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> RLConfig:
+        check_algorithm(self)
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss_type cispo needs epsilon_high, the cap of its importance weights, such as 5.0")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> RLConfig:
+        batch = self.prompts_per_step * self.num_generations
+        if batch % self.minibatches:
+            raise ValueError(
+                f"prompts_per_step x num_generations = {batch} must be a multiple of minibatches = {self.minibatches}"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    """How held-out accuracy is measured."""
+
+    every: int = Field(10, ge=0, description="RL steps between evaluations; 0: only before and after")
+    temperature: float = Field(0.0, ge=0)
+    samples_per_problem: int = Field(1, ge=1)

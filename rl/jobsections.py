@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 from deltarl.rl.algorithmsections import CriticConfig, CurriculumConfig, KimiConfig, PTXConfig, check_algorithm
 from deltarl.rl.losses.correction import Correction
 from deltarl.rl.section import Section
-from deltarl.rl.section import Section
 
 
 class ModelConfig(Section):

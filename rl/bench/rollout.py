@@ -1,0 +1,159 @@
+"""`deltarl bench rollout`: decode speed of the engine, arms kda and mla of equal widths, ours beside vLLM's own class.
+
+Every engine (arm and class) runs in a process of its own under a deadline, with random weights, and appends its rows to
+a file as they come. A batch's context is allocated as vLLM's scheduler allocates any prompt, and filled with random
+numbers instead of being read, which at 128k tokens would take minutes (`rollout_context`); batch sizes are limited by
+that memory and by --max-sequences.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from deltarl.rl.errors import UserError
+
+ARMS = ("kda", "mla")
+CLASSES = ("deltarl", "vllm")
+MODELS: dict[str, dict[str, Any]] = {
+    "full": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "intermediate_size": 2816,
+        "linear_num_heads": 8,
+        "linear_head_dim": 128,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "vocab_size": 32768,
+        "max_position_embeddings": 1 << 20,
+    },
+    "tiny": {"vocab_size": 320, "intermediate_size": 384},
+}
+DTYPES = {"full": "bfloat16", "tiny": "float32"}
+
+
+def add_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="default: both")
+    bench.add_argument(
+        "--classes",
+        nargs="+",
+        default=["deltarl"],
+        choices=CLASSES,
+        help="whose model class (default: deltarl; vllm: GPU)",
+    )
+    bench.add_argument(
+        "--model", default="full", choices=MODELS, help="16 layers of width 1024, or a tiny one for CPUs"
+    )
+    bench.add_argument("--contexts", nargs="+", type=int, default=[512, 8192, 32768, 131072], metavar="N")
+    bench.add_argument(
+        "--equal", nargs="+", type=int, default=[256, 64, 24, 8], metavar="N", help="sequences, for each context"
+    )
+    bench.add_argument(
+        "--max-sequences", type=int, default=1024, metavar="N", help="of a largest batch (default: 1024)"
+    )
+    bench.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps timed (default: 64)")
+    bench.add_argument(
+        "--whole", nargs=3, type=int, default=[], metavar="N", help="also read prompts: sequences, prompt, new tokens"
+    )
+    bench.add_argument("--share", type=float, default=0.85, help="of the memory for the engine (default: 0.85)")
+    bench.add_argument("--limit", type=int, default=300, metavar="S", help="seconds for an engine (default: 300)")
+    bench.add_argument("--out", metavar="FILE", help="append each row to this .jsonl as it comes")
+    bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """1 when an engine failed or was late. Raises UserError for options that cannot be used."""
+    if len(args.equal) != len(args.contexts):
+        raise UserError(f"--equal has {len(args.equal)} numbers for {len(args.contexts)} --contexts: give one for each")
+    if min([*args.contexts, *args.equal, args.max_sequences, args.steps, *args.whole]) < 1:
+        raise UserError("contexts, batch sizes and steps must be 1 or more")
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(args.out or Path(work) / "rows.jsonl")
+        before = len(read_rows(out))
+        failures = [
+            failure
+            for arm in args.arms
+            for served in args.classes
+            if (failure := run_engine(args, arm, served, Path(work), out))
+        ]
+        rows = read_rows(out)[before:]
+    if args.json:
+        print(json.dumps({"rows": rows, "failures": failures}))
+    else:
+        print_table(rows)
+        print(*failures, sep="\n")
+    return 1 if failures else 0
+
+
+def run_engine(args: argparse.Namespace, arm: str, served: str, work: Path, out: Path) -> str | None:
+    """Measure one engine; what went wrong, or None."""
+    folder = write_model(arm, args.model, work / arm)
+    spec = {
+        "name": arm,
+        "served": served,
+        "folder": str(folder),
+        "dtype": DTYPES[args.model],
+        "out": str(out),
+        "contexts": args.contexts,
+        "equal": dict(zip(map(str, args.contexts), args.equal, strict=True)),
+        "max_num_seqs": args.max_sequences,
+        "steps": args.steps,
+        "share": args.share,
+        "whole": list(args.whole),
+        "began": time.time(),
+    }
+    path = work / f"{arm}-{served}.json"
+    path.write_text(json.dumps(spec))
+    log = path.with_suffix(".log")
+    try:
+        with log.open("w") as output:
+            command = [sys.executable, "-P", "-m", "deltarl.rl.bench.rollout_engine", str(path)]
+            subprocess.run(command, stdout=output, stderr=output, timeout=args.limit, check=True)
+    except subprocess.TimeoutExpired:
+        return f"{arm} by {served}: not done after {args.limit} s"
+    except subprocess.CalledProcessError as error:
+        return f"{arm} by {served}: exit code {error.returncode}\n" + "\n".join(log.read_text().splitlines()[-30:])
+    return None
+
+
+def write_model(arm: str, size: str, folder: Path) -> Path:
+    """A model folder whose weights the engine makes up itself. Both arms have the same widths, FFN included."""
+    import torch
+    from safetensors.torch import save_file
+
+    from deltarl.model import hybrid_config
+
+    folder.mkdir(exist_ok=True)
+    config = hybrid_config(arm, "2m", **MODELS[size]).to_moonshot() | {"dtype": DTYPES[size]}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"none": torch.zeros(1)}, folder / "model.safetensors")
+    return folder
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(
+        f"{'arm':4s} {'class':8s} {'context':>8s} {'batch':>6s} {'tokens/s':>10s} {'ms/token':>9s} {'MB/seq':>8s}  note"
+    )
+    for row in rows:
+        if row["kind"] == "start":
+            numbers = (
+                f"{'':8s} {'':6s} {'':10s} {'':9s} {'':8s}  first token after {row['seconds']:.1f} s, {row['note']}"
+            )
+        else:
+            numbers = (
+                f"{row['context']:8d} {row['batch']:6d} {row['tokens_per_second']:10.0f} {row['ms_per_token']:9.2f} "
+                f"{row['cache_bytes'] / 1e6:8.1f}  {row['note']}"
+            )
+        print(f"{row['arm']:4s} {row['served']:8s} {numbers}")

@@ -10,16 +10,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 from deltarl.model.config import HybridConfig
 from deltarl.model.hybrid import HybridForCausalLM
 
-# transformers renames checkpoint tensors by model class; ours are renamed as its own Kimi Linear's are.
+# transformers renames checkpoint tensors by model class; ours are renamed as its own Kimi Linear's are, and GDN's gate.
 register_checkpoint_conversion_mapping(
-    HybridForCausalLM.__name__, get_checkpoint_conversion_mapping(HybridConfig.model_type), overwrite=True
+    HybridForCausalLM.__name__,
+    [
+        WeightRenaming(source_patterns=r"self_attn\.a_proj\.", target_patterns=r"self_attn.forget_gate.a_proj."),
+        *get_checkpoint_conversion_mapping(HybridConfig.model_type),
+    ],
+    overwrite=True,
 )
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
@@ -48,7 +53,7 @@ def load_model(
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"no tokenizer in {folder}: it needs tokenizer.json and tokenizer_config.json")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if AutoConfig.from_pretrained(folder).model_type == HybridConfig.model_type:
+    if json.loads((folder / "config.json").read_text()).get("model_type") == HybridConfig.model_type:
         model, report = HybridForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     else:
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
@@ -72,17 +77,27 @@ def save_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        if isinstance(model, HybridForCausalLM):
-            _write_hybrid(model, partial, state)
-        else:
-            model.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
+        write_model(model, tokenizer, partial, state)
         partial.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes the files of `save_checkpoint` into a folder that is there, one after the other."""
+    if isinstance(model, HybridForCausalLM):
+        _write_hybrid(model, Path(folder), state)
+    else:
+        model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
 
 
 def checkpoint_tensors(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -1,36 +1,44 @@
 """The hybrid's configuration: transformers' Kimi Linear plus what that one leaves out, and Moonshot's layout of it."""
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import KimiLinearConfig
 
-KDA, MLA = "linear_attention", "full_attention"
+LINEAR, MLA = "linear_attention", "full_attention"
 
 
 @strict
 class HybridConfig(KimiLinearConfig):
-    """Configuration of a KDA/MLA hybrid.
+    """Configuration of a hybrid of linear attention and MLA.
 
-    Takes transformers' field names and Moonshot's (`linear_attn_config`, `first_k_dense_replace` ...).
-    `gate_lower_bound` (negative; None for the softplus gate) selects the bounded gate of `deltarl.kernels`.
-    Raises ValueError for settings that the model does not implement.
+    Takes transformers' field names and Moonshot's (`linear_attn_config`, `first_k_dense_replace` ...), and of its own:
+
+    linear_attn_kind: what its linear attention layers are, "kda" or "gdn" (one decay a head in place of one a channel).
+    gate_lower_bound: negative; None for the softplus gate. The bounded gate of `deltarl.kernels`.
+    mla_use_nope: False gives MLA rotary positions of base `rope_theta` over its last `qk_rope_head_dim` channels.
     """
 
-    mla_use_nope: bool = True
+    linear_attn_kind: Literal["kda", "gdn"] = "kda"
     gate_lower_bound: float | None = None
+    mla_use_nope: bool = True
+    rope_theta: float = 10000.0
 
     def __post_init__(self, **kwargs):
+        if kwargs.get("linear_attn_config", {}).get("gdn_layers"):
+            self.linear_attn_kind = "gdn"
         super().__post_init__(**kwargs)
-        if not self.mla_use_nope:
-            raise ValueError("MLA with rotary positions is not implemented: set mla_use_nope to true")
 
     def to_moonshot(self) -> dict[str, Any]:
         """The content of config.json as Moonshot's checkpoints have it, which vLLM and transformers both read.
 
-        Raises ValueError for what that layout cannot say: a dense MLP after the first MoE layer.
+        What that layout does not know, only this package reads: `linear_attn_config.gdn_layers` (those of `kda_layers`
+        that are GDN: all or none), `gate_lower_bound`, rotary positions. Raises ValueError for what it cannot say: a
+        dense MLP after the first MoE layer.
         """
-        numbered = list(enumerate(self.layer_types, start=1))
+        places: dict[str, list[int]] = {LINEAR: [], MLA: []}
+        for number, kind in enumerate(self.layer_types, start=1):
+            places[kind].append(number)
         dense = self.mlp_layer_types.count("dense")
         if "dense" in self.mlp_layer_types[dense:]:
             raise ValueError(
@@ -42,8 +50,8 @@ class HybridConfig(KimiLinearConfig):
             "model_type": "kimi_linear",
             "head_dim": self.qk_nope_head_dim + self.qk_rope_head_dim,
             "linear_attn_config": {
-                "kda_layers": [n for n, kind in numbered if kind == KDA],
-                "full_attn_layers": [n for n, kind in numbered if kind == MLA],
+                "kda_layers": places[LINEAR],
+                "full_attn_layers": places[MLA],
                 "num_heads": self.linear_num_heads,
                 "head_dim": self.linear_head_dim,
                 "short_conv_kernel_size": self.linear_conv_kernel_dim,
@@ -51,6 +59,8 @@ class HybridConfig(KimiLinearConfig):
             "first_k_dense_replace": dense,
             "moe_layer_freq": 1,
         }
+        if self.linear_attn_kind == "gdn":
+            written["linear_attn_config"]["gdn_layers"] = places[LINEAR]
         if self.gate_lower_bound is not None:
             written["gate_lower_bound"] = self.gate_lower_bound
         if dense < self.num_hidden_layers:
@@ -72,6 +82,7 @@ _PLAIN_FIELDS = (
     "qk_rope_head_dim",
     "v_head_dim",
     "mla_use_nope",
+    "rope_theta",
     "hidden_act",
     "rms_norm_eps",
     "initializer_range",

@@ -15,8 +15,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
-from deltarl.kernels import causal_conv1d, gated_rms_norm, kda_chunk, kda_recurrent
-from deltarl.model.config import KDA, HybridConfig
+from deltarl.kernels import causal_conv1d, gated_rms_norm, gdn_chunk, gdn_recurrent, kda_chunk, kda_recurrent
+from deltarl.model.config import LINEAR, HybridConfig
 
 FP32_ALWAYS = ("A_log", "dt_bias")
 
@@ -29,6 +29,7 @@ class Packing:
         self.cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         place = torch.arange(self.longest).lt(torch.tensor(lengths).unsqueeze(1)).flatten().nonzero().squeeze(1)
         self.place = place.to(device)
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
 
     def to_rows(self, x: Tensor) -> Tensor:
         rows = x.new_zeros(self.count * self.longest, *x.shape[2:])
@@ -54,11 +55,32 @@ class ForgetGate(kimi.KimiLinearForgetGate):
         return self
 
 
+class HeadGate(ForgetGate):
+    """The same with one decay a head."""
+
+    def __init__(self, config: HybridConfig):
+        nn.Module.__init__(self)
+        self.a_proj = nn.Linear(config.hidden_size, config.linear_num_heads, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(config.linear_num_heads))
+        self.A_log = nn.Parameter(torch.empty(1, 1, config.linear_num_heads, 1))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.a_proj(hidden_states)
+
+
 class KimiDeltaAttention(kimi.KimiLinearDeltaAttention):
+    """KDA (Kimi Linear, arXiv 2510.26692, section 3 and figure 3)."""
+
+    gate_type = ForgetGate
+    chunk, recurrent = staticmethod(kda_chunk), staticmethod(kda_recurrent)
+
     def __init__(self, config: HybridConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.forget_gate = ForgetGate(config)
+        self.forget_gate = self.gate_type(config)
         self.gate_lower_bound = config.gate_lower_bound
+
+    def raw_decay(self, hidden_states: Tensor) -> Tensor:
+        return self.forget_gate(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
 
     def forward(
         self,
@@ -83,12 +105,12 @@ class KimiDeltaAttention(kimi.KimiLinearDeltaAttention):
             )
         mixed, _ = causal_conv1d(mixed, self.conv1d.weight.squeeze(1), cu_seqlens=cu_seqlens, initial_state=conv_state)
         q, k, v = mixed.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        attend = kda_recurrent if state is not None and mixed.shape[1] == 1 else kda_chunk
+        attend = self.recurrent if state is not None and mixed.shape[1] == 1 else self.chunk
         o, state = attend(
             q,
             k,
             v,
-            self.forget_gate(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)),
+            self.raw_decay(hidden_states),
             self.b_proj(hidden_states),
             A_log=self.forget_gate.A_log.flatten(),
             dt_bias=self.forget_gate.dt_bias,
@@ -104,7 +126,29 @@ class KimiDeltaAttention(kimi.KimiLinearDeltaAttention):
         return self.o_proj(o.flatten(-2))
 
 
+class GatedDeltaNet(KimiDeltaAttention):
+    """KDA's layer with one decay a head (Gated DeltaNet, arXiv 2412.06464, eq. 10) and everything else the same."""
+
+    gate_type = HeadGate
+    chunk, recurrent = staticmethod(gdn_chunk), staticmethod(gdn_recurrent)
+
+    def raw_decay(self, hidden_states: Tensor) -> Tensor:
+        return self.forget_gate(hidden_states)
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34): channels 2i and 2i + 1 of x [..., T, heads, D] turned by
+    positions [T] times theta^(-2i/D), in fp32."""
+    half = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=torch.float32)
+    angle = (positions.unsqueeze(-1) * theta ** (-half / x.shape[-1])).unsqueeze(-2)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()), -1)
+    return turned.flatten(-2).to(x.dtype)
+
+
 class LatentAttention(kimi.KimiLinearAttention):
+    """MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1) without positions, or with rotary ones."""
+
     def __init__(self, config: HybridConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         for norm in (self.q_a_layernorm, self.kv_a_layernorm):
@@ -124,18 +168,46 @@ class LatentAttention(kimi.KimiLinearAttention):
         Packed sequences are attended as right-padded rows under a causal mask, whatever attention implementation the
         configuration names for the rest.
         """
-        if packing is None:
-            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
         project = self.q_proj if self.q_lora_rank is None else self._low_rank_query
         q = project(hidden_states).unflatten(-1, (-1, self.qk_head_dim))
         latent, shared_key = self.kv_a_proj_with_mqa(hidden_states).split(
             (self.kv_lora_rank, self.qk_rope_head_dim), -1
         )
-        k, v = self.expand_kv(self.kv_a_layernorm(latent).unsqueeze(1), shared_key.unsqueeze(1))
-        q, k, v = (packing.to_rows(x).transpose(1, 2) for x in (q, k.transpose(1, 2), v.transpose(1, 2)))
+        if not self.config.mla_use_nope:
+            q, shared_key = self._rotated(q, shared_key, past_key_values, packing)
+        latent, shared_key = self.kv_a_layernorm(latent).unsqueeze(1), shared_key.unsqueeze(1)
+        if past_key_values is not None:
+            latent, shared_key = past_key_values.update(latent, shared_key, self.layer_idx)
+        k, v = self.expand_kv(latent, shared_key)
         dropout = self.attention_dropout if self.training else 0.0
+        if packing is None:
+            attend = kimi.ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, kimi.eager_attention_forward
+            )
+            o, weights = attend(
+                self, q.transpose(1, 2), k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+            return self.o_proj(o.flatten(-2)), weights
+        q, k, v = (packing.to_rows(x).transpose(1, 2) for x in (q, k.transpose(1, 2), v.transpose(1, 2)))
         o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling)
         return self.o_proj(packing.to_packed(o.transpose(1, 2)).flatten(-2)), None
+
+    def _rotated(
+        self, q: Tensor, shared_key: Tensor, cache: Cache | None, packing: Packing | None
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, D] and the shared key [B, T, R], their last R channels turned by their tokens' positions.
+
+        Only differences of positions count: padding on the left, which moves them all, changes nothing.
+        """
+        if packing is not None:
+            positions = packing.positions
+        else:
+            begun = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+            positions = torch.arange(begun, begun + q.shape[1], device=q.device)
+        plain, turned = q.split((self.qk_nope_head_dim, self.qk_rope_head_dim), -1)
+        theta = self.config.rope_theta
+        shared_key = rotate(shared_key.unsqueeze(-2), positions, theta).squeeze(-2)
+        return torch.cat((plain, rotate(turned, positions, theta)), -1), shared_key
 
     def _low_rank_query(self, hidden_states: Tensor) -> Tensor:
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
@@ -144,7 +216,8 @@ class LatentAttention(kimi.KimiLinearAttention):
 class HybridDecoderLayer(kimi.KimiLinearDecoderLayer):
     def __init__(self, config: HybridConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        attention = KimiDeltaAttention if config.layer_types[layer_idx] == KDA else LatentAttention
+        linear = KimiDeltaAttention if config.linear_attn_kind == "kda" else GatedDeltaNet
+        attention = linear if config.layer_types[layer_idx] == LINEAR else LatentAttention
         self.self_attn = attention(config, layer_idx)
 
 
@@ -238,7 +311,7 @@ def _unpack(packed: Tensor, real: Tensor, batch: int, tokens: int) -> Tensor:
 
 
 class HybridForCausalLM(HybridPreTrainedModel, kimi.KimiLinearForCausalLM):
-    """A KDA/MLA hybrid language model; `forward` is transformers' own with the inputs of `HybridModel.forward`."""
+    """Linear attention and MLA as a language model; `forward` takes what `HybridModel.forward` takes, and labels."""
 
     def __init__(self, config: HybridConfig):
         HybridPreTrainedModel.__init__(self, config)

@@ -14,11 +14,28 @@ from deltarl.model import CheckpointError, HybridForCausalLM, checkpoint_tensors
 KINDS = [("kda", {}), ("mla", {}), ("kda", MOE), ("mla", MOE)]
 
 
+OUR_OWN = [("gdn", {}), ("mla-rope", {}), ("gdn", MOE), ("kda", {"mla_use_nope": False, "rope_theta": 500.0})]
+
+
 @pytest.fixture(params=KINDS, ids=lambda kind: "-".join([kind[0], *kind[1]][:2]))
 def saved(request, tmp_path):
     model = tiny_model(request.param[0], **request.param[1])
     save_checkpoint(model, tiny_tokenizer(), tmp_path / "model")
     return model, tmp_path / "model"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("arm", "overrides"), OUR_OWN, ids=str)
+def test_what_transformers_does_not_know_makes_the_round_trip(tmp_path, arm, overrides):
+    model = tiny_model(arm, **overrides)
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "model")
+    loaded, _ = load_model(tmp_path / "model", torch.float32)
+    assert loaded.config.layer_types == model.config.layer_types
+    for name in ("linear_attn_kind", "mla_use_nope", "rope_theta"):
+        assert getattr(loaded.config, name) == getattr(model.config, name)
+    ids = token_ids(2, 20)
+    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+    assert dict(checkpoint_tensors(model)).keys() == stored(tmp_path / "model").keys()
 
 
 def stored(folder) -> dict[str, torch.Tensor]:
@@ -164,7 +181,7 @@ def test_incomplete_folders_are_refused_in_one_line(tmp_path, remove, message):
         if remove == ():
             config = json.loads((folder / "config.json").read_text())
             config["num_hidden_layers"] = 4
-            config["linear_attn_config"]["full_attn_layers"] = [4]
+            config["linear_attn_config"]["full_attn_layers"] = [3, 4]
             (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message) as error:
         load_model(folder, torch.float32)

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from tiny_models import MOE, VOCAB, tiny_model, token_ids
+from tiny_models import MOE, tiny_model, token_ids
 from trl.trainer.utils import add_fused_lm_head
 
-from deltarl.model import HybridConfig
+from deltarl.model.hybrid import rotate
 
 LENGTHS = (21, 1, 5, 13, 40)
 # Same operations on other shapes: fp32 rounding of a sum's order only.
 SAME = {"rtol": 0, "atol": 1e-5}
 KINDS = [("kda", {}), ("mla", {}), ("kda", MOE), ("kda", {"gate_lower_bound": -5.0}), ("mla", {"q_lora_rank": 16})]
+KINDS += [("gdn", {}), ("mla-rope", {}), ("kda", {"mla_use_nope": False})]
 
 
 def log_probs(logits: torch.Tensor) -> torch.Tensor:
@@ -130,6 +131,35 @@ def test_norms_use_the_configured_epsilon():
         assert set(epsilons.values()) == {1e-5}
 
 
-def test_rotary_mla_is_refused():
-    with pytest.raises(ValueError, match="mla_use_nope"):
-        HybridConfig(vocab_size=VOCAB, mla_use_nope=False, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+@torch.no_grad()
+def test_rotary_positions_count_by_their_differences_only():
+    """Without positions, MLA sees the tokens before the last as a set; with them it does not."""
+    ids = token_ids(1, 12)
+    shuffled = ids[:, [*torch.randperm(11, generator=torch.Generator().manual_seed(0)).tolist(), 11]]
+    for arm, ordered in (("mla", False), ("mla-rope", True)):
+        model = tiny_model(arm, num_hidden_layers=1)
+        last, other = (log_probs(model(x).logits[0, -1]) for x in (ids, shuffled))
+        assert torch.allclose(last, other, **SAME) is not ordered
+    x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(1))
+    near, far = (rotate(x, torch.arange(5) + begin, 10000.0) for begin in (0, 1000))
+    # cos and sin of angles near 1000 in fp32.
+    assert torch.allclose(near[0, 0] @ near[0, 3].T, far[0, 0] @ far[0, 3].T, atol=1e-3)
+
+
+@torch.no_grad()
+def test_gdn_is_kda_with_equal_decays_in_a_head():
+    gdn, kda = tiny_model("gdn", intermediate_size=64), tiny_model("kda")
+    weights = {name: x for name, x in gdn.state_dict().items() if "forget_gate" not in name}
+    for index in range(3):
+        ours = gdn.model.layers[index].self_attn.forget_gate
+        theirs = kda.model.layers[index].self_attn.forget_gate
+        name = f"model.layers.{index}.self_attn.forget_gate."
+        into, out = torch.zeros_like(theirs.f_a_proj.weight), torch.zeros_like(theirs.f_b_proj.weight)
+        into[: ours.a_proj.out_features] = ours.a_proj.weight
+        for head, rows in enumerate(out.chunk(ours.a_proj.out_features)):
+            rows[:, head] = 1
+        weights |= {name + "f_a_proj.weight": into, name + "f_b_proj.weight": out, name + "A_log": ours.A_log}
+        weights[name + "dt_bias"] = ours.dt_bias.repeat_interleave(16)
+    kda.load_state_dict(weights)
+    ids = token_ids(2, 40)
+    assert torch.allclose(log_probs(gdn(ids).logits), log_probs(kda(ids).logits), **SAME)

@@ -12,9 +12,11 @@ def parameters(arm: str, size: str, vocab: int, **overrides) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "overrides"),
+    [(size, {}) for size in SIZES] + [(size, {"num_hidden_layers": 8, "hidden_size": 256}) for size in ("2m", "30m")],
+)
 @pytest.mark.parametrize("vocab", [512, 4096])
-@pytest.mark.parametrize("overrides", [{}, {"num_hidden_layers": 8, "hidden_size": 256}])
 def test_arms_are_matched_within_two_percent(size, vocab, overrides):
     counts = {arm: parameters(arm, size, vocab, **overrides) for arm in ARMS}
     assert max(counts.values()) <= 1.02 * min(counts.values()), counts
@@ -23,12 +25,20 @@ def test_arms_are_matched_within_two_percent(size, vocab, overrides):
 def test_sizes_are_what_their_names_say():
     assert 1.8e6 < parameters("kda", "2m", 512) < 2.2e6
     assert 27e6 < parameters("kda", "30m", 2048) < 33e6
+    assert 285e6 < parameters("kda", "300m", 2048) < 315e6
+    assert 3.6e6 < parameters("kda", "4m-a2m", 512) < 4.4e6
+    assert 47.5e9 < parameters("kda", "48b-a3b", 163840) < 49.5e9
 
 
 def test_layer_plans():
     kda, mla = (hybrid_config(arm, "30m", vocab_size=64) for arm in ("kda", "mla"))
     assert kda.layer_types == (["linear_attention"] * 3 + ["full_attention"]) * 2
     assert mla.layer_types == ["full_attention"] * 8
+    assert hybrid_config("kda-1:1", "30m", vocab_size=64).layer_types == ["linear_attention", "full_attention"] * 4
+    assert hybrid_config("kda-7:1", "30m", vocab_size=64).layer_types.count("full_attention") == 1
+    assert hybrid_config("gdn", "30m", vocab_size=64).layer_types == kda.layer_types
+    large = hybrid_config("kda", "48b-a3b", vocab_size=64).to_moonshot()["linear_attn_config"]
+    assert large["full_attn_layers"] == [4, 8, 12, 16, 20, 24, 27]
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "v_head_dim")
     assert all(getattr(kda, name) == getattr(mla, name) for name in same)
 
@@ -48,7 +58,7 @@ def test_same_seed_builds_the_same_model():
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(UnknownArm, match=r"'kdaa'.*kda, mla"):
+    with pytest.raises(UnknownArm, match=r"'kdaa'.*gdn, kda, .*, mla"):
         build_model("kdaa", "2m", vocab_size=64)
-    with pytest.raises(UnknownSize, match=r"'3m'.*2m, 30m"):
+    with pytest.raises(UnknownSize, match=r"'3m'.*2m, .*30m"):
         build_model("kda", "3m", vocab_size=64)

@@ -34,7 +34,7 @@ CASES = {
     "missing file": ({"data": {"source": "none.jsonl"}}, "data file none.jsonl does not exist"),
     "no source": ({"data": {"source": "numbers"}}, "neither procedural, a .jsonl file, nor a hub name"),
     "unknown key": ({"rl": {"stepz": 1}}, "did you mean rl.steps?"),
-    "unknown arm": ({"model": {"arm": "mamba"}}, "unknown arm 'mamba': known arms are kda, mla"),
+    "unknown arm": ({"model": {"arm": "mamba"}}, "unknown arm 'mamba': known arms are gdn, kda, kda-1:1"),
     "unknown size": ({"model": {"size": "3t"}}, "known sizes are"),
     "model folder missing": ({"model": {"path": "nowhere"}}, "nowhere"),
     "long prompts": ({"rl": {"max_completion_length": 250}}, "set rollout.max_model_len to"),

@@ -8,7 +8,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from deltarl.model import checkpoint_tensors, load_model
-from deltarl.rollout.engine import end_tokens, read_config
+from deltarl.rollout.engine import EngineError, end_tokens, read_config
 from deltarl.rollout.sync import collect, match, prove
 from deltarl.rollout.types import CHECKED_EVERY, Request, RolloutWorker, SyncReport, Trace, goes_round
 
@@ -96,6 +96,12 @@ class HfWorker(RolloutWorker):
         size, digest = prove(dict(checkpoint_tensors(self.model)), offered)
         self.version = version
         return SyncReport(version, len(held), size, time.perf_counter() - began, digest)
+
+    def sleep(self, keep_weights: bool = False) -> None:
+        raise EngineError("transformers' generate keeps its memory: leave rollout.sleep off, or use engine vllm")
+
+    def wake(self) -> None:
+        """It never sleeps."""
 
     def close(self) -> None:
         del self.model

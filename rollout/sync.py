@@ -24,6 +24,7 @@ PLAIN_EXPERTS = ("TRITON", "BATCHED_TRITON")
 """vLLM's expert kernels that read weights as they are loaded; for others vLLM reorders them, once, when it starts."""
 
 HALF_WAY = "the last weight sync broke off half-way: sync again, or restart the worker"
+NO_WEIGHTS = "the engine slept and its weights were given up: sync_weights before drawing"
 
 
 class Place(NamedTuple):
@@ -130,20 +131,6 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, DERIVED[0]):
             module.process_weights_after_loading(getattr(module, DERIVED[0]).dtype)
-
-
-def load_in_place(model: nn.Module, offered: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> None:
-    """Bring an engine's model, whose memory `held` is, to the offered tensors."""
-    settle(held)
-    write(offered, held)
-    refresh(model)
-    settle(held)
-
-
-def settle(held: Mapping[str, torch.Tensor]) -> None:
-    """Wait for all streams of the engine's device, so that no forward pass sees weights of two versions."""
-    if any(view.is_cuda for view in held.values()):
-        torch.cuda.synchronize()
 
 
 def prove(held: Mapping[str, torch.Tensor], offered: Mapping[str, torch.Tensor]) -> tuple[int, str]:

@@ -247,5 +247,17 @@ class RolloutWorker(abc.ABC):
         """
 
     @abc.abstractmethod
+    def sleep(self, keep_weights: bool = False) -> None:
+        """Give the memory of caches and weights to others; the weights go to the host's memory if kept.
+
+        `sync_weights` and `add` take back what they need. Weights that were not kept must be synced before anything is
+        drawn. Raises ValueError while requests run, and EngineError for an engine that cannot.
+        """
+
+    @abc.abstractmethod
+    def wake(self) -> None:
+        """Take all memory back now."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Free the engine's memory. The worker cannot be used afterwards."""

@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deltarl.rollout import engine
-from deltarl.rollout.sync import collect, engine_tensors, load_in_place, match, prove
+from deltarl.rollout import engine, sync
+from deltarl.rollout.engine import EngineError
+from deltarl.rollout.sync import (
+    HALF_WAY,
+    NO_WEIGHTS,
+    checksums_in,
+    collect,
+    compare,
+    engine_tensors,
+    layout_of,
+    match,
+    refresh,
+)
 from deltarl.rollout.types import CHECKED_EVERY, Request, RolloutWorker, SyncReport, Trace, WeightSyncError, goes_round
 
 if TYPE_CHECKING:
@@ -45,6 +56,7 @@ class VllmWorker(RolloutWorker):
         self.max_model_len = max_model_len
         self.end_tokens = engine.end_tokens(model_path)
         self.broken: str | None = None
+        self.asleep: set[str] = set()
         self._running: dict[str, Run] = {}
         self.llm = engine.start(
             model_path, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs, **options
@@ -63,6 +75,7 @@ class VllmWorker(RolloutWorker):
     def _add(self, requests: list[Request]) -> None:
         if self.broken:
             raise WeightSyncError(self.broken)
+        self.wake()
         for request in requests:
             name = self.llm.llm_engine.add_request(
                 request.id, {"prompt_token_ids": request.read}, self._parameters(request)
@@ -133,15 +146,61 @@ class VllmWorker(RolloutWorker):
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
         began = time.perf_counter()
         offered = collect(named_tensors)
-        held = engine_tensors(self.model)
-        match(offered, held)
-        self.broken = "the last weight sync broke off half-way: sync again, or restart the worker"
-        load_in_place(self.model, offered, held)
-        size, digest = prove(held, offered)
+        held = self.tensors()
+        layout = layout_of(held)
+        match(offered, layout)
+        self.begin_sync()
+        sync.write(offered, held)
+        size, digest = compare(offered, layout, self.arrived())
+        self.end_sync(version)
+        return SyncReport(version, len(held), size, time.perf_counter() - began, digest)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The engine's memory by checkpoint name, to write into between `begin_sync` and `arrived`."""
+        return engine_tensors(self.model)
+
+    def begin_sync(self) -> None:
+        """From here on until `end_sync` the weights are of no version, and nothing can be drawn."""
+        self._awake("weights")
+        self.broken = HALF_WAY
+        self._settle()
+
+    def arrived(self) -> dict[str, int]:
+        """Have the engine refresh what it derives from its weights; the checksum of each of them, by name."""
+        refresh(self.model)
+        self._settle()
+        return checksums_in(self.tensors())
+
+    def end_sync(self, version: int) -> None:
+        """Go on with the weights that were written, under their version."""
         self._drop_cached_prefixes()
         self.version, self.broken = version, None
         self._mark_version()
-        return SyncReport(version, len(held), size, time.perf_counter() - began, digest)
+
+    def _settle(self) -> None:
+        """Wait for all streams of the engine's device, so that no forward pass sees weights of two versions."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def sleep(self, keep_weights: bool = False) -> None:
+        if self._running:
+            raise ValueError(f"{len(self._running)} requests are running: suspend or abort them before sleep")
+        if not self.llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+            raise EngineError("this engine keeps its memory: make the worker with sleep=True")
+        if not self.asleep:
+            self.llm.sleep(level=1 if keep_weights else 2)
+            self.asleep = {"weights", "kv_cache"}
+            if not keep_weights:
+                self.broken = NO_WEIGHTS
+
+    def wake(self) -> None:
+        self._awake("weights", "kv_cache")
+
+    def _awake(self, *parts: str) -> None:
+        """Have these parts of the engine's memory back."""
+        if gone := [part for part in parts if part in self.asleep]:
+            self.llm.wake_up(gone)
+            self.asleep -= set(gone)
 
     def _drop_cached_prefixes(self) -> None:
         """Forget prefixes that the old weights computed, where requests run by having them read again."""
@@ -179,25 +238,48 @@ def make_worker(
     max_num_seqs: int = 256,
     gpu_memory_utilization: float = 0.2,
     seed: int = 0,
+    placement: str = "colocated",
+    gpu: int | None = None,
+    hang_seconds: float = 120.0,
+    max_restarts: int = 3,
+    sleep: bool = False,
 ) -> RolloutWorker:
     """A worker that serves a model folder (any Hugging Face causal LM, or a Kimi Linear hybrid in Moonshot's layout).
 
     engine: "vllm", or "hf" (transformers' generate: slow, for debugging). dtype: "float32", "bfloat16" or "float16".
     max_model_len: prompt and completion tokens of a sequence. max_num_seqs: sequences that advance together.
     gpu_memory_utilization: share of the GPU's memory for weights and caches; on CPU, of the free RAM for caches.
-    Raises ValueError for an unknown engine, and EngineError (vLLM missing or out of range, no model in the folder).
+    placement: "colocated", the engine in this process, or "process", in one of its own, on this process's card `gpu`
+    (None: the current one), replaced up to max_restarts times when it dies or says nothing for hang_seconds.
+    sleep: whether it can give its memory to others for a while; on a GPU.
+    Raises ValueError for an unknown engine or placement, and EngineError: vLLM missing or out of range, no model in
+    the folder, one that the engine cannot serve, or something the engine cannot do.
     """
+    if placement not in ("colocated", "process"):
+        raise ValueError(f"unknown placement {placement!r}: use colocated or process")
     if engine == "hf":
         from deltarl.rollout.hf_worker import HfWorker
 
+        if sleep or placement == "process":
+            raise EngineError("engine hf runs in this process and keeps its memory: use engine vllm")
         return HfWorker(model_path, dtype=dtype, max_model_len=max_model_len)
-    if engine == "vllm":
-        return VllmWorker(
-            model_path,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            gpu_memory_utilization=gpu_memory_utilization,
-            seed=seed,
-        )
-    raise ValueError(f"unknown rollout engine {engine!r}: use vllm or hf")
+    if engine != "vllm":
+        raise ValueError(f"unknown rollout engine {engine!r}: use vllm or hf")
+    if sleep and not torch.cuda.is_available():
+        raise EngineError("vLLM's CPU engine cannot give its memory back: leave sleep off without a GPU")
+    options = {
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "seed": seed,
+        "enable_sleep_mode": sleep,
+    }
+    if placement == "colocated":
+        return VllmWorker(model_path, **options)
+    from deltarl.rollout.remote import RemoteWorker, first_card
+
+    environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": first_card(gpu)}
+    return RemoteWorker(
+        model_path, hang_seconds=hang_seconds, max_restarts=max_restarts, environment=environment, **options
+    )

@@ -149,7 +149,7 @@ def test_latent_attention_can_be_switched_off() -> None:
 def test_latent_attention_refreshes_its_absorbed_weights_in_place() -> None:
     from vllm.model_executor.layers.attention import MLAAttention
 
-    used = "rollout/sync.py load_in_place"
+    used = "rollout/sync.py refresh"
     for name in ("W_UV", "W_UK_T"):
         source_has(MLAAttention.process_weights_after_loading, f'replace_parameter(self, "{name}"', used)
     source_has(MLAAttention.process_weights_after_loading, "prefer_copy=True", used)

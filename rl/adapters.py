@@ -6,6 +6,7 @@ The base is never changed: what the engine, evaluations and checkpoints get is b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from deltarl.model import checkpoint_tensors
 from deltarl.rl.errors import UserError
+from deltarl.rl.sharding import whole_state
 
 if TYPE_CHECKING:
     from deltarl.rl.jobs import LoraConfig
@@ -77,6 +80,12 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
             tensor = (tensor.float() + (up.float() @ down.float()) * scale).to(tensor.dtype)
         merged[name.replace(".base_layer.", ".")] = tensor
     return merged
+
+
+def policy_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The policy by checkpoint names, as engines take it: sharded weights whole, adapters merged. Collective."""
+    state = whole_state(model)
+    return checkpoint_tensors(model, merged_state(model, state) if has_adapters(model) else state)
 
 
 def save_adapters(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:

@@ -10,6 +10,18 @@ from deltarl.rl.algorithmsections import CriticConfig, CurriculumConfig, KimiCon
 from deltarl.rl.losses.correction import Correction
 from deltarl.rl.section import Section
 
+OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
+
+
+class LoraConfig(Section):
+    """Adapters that RL trains in place of the weights (rl/adapters.py)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0, description="what the adapters add is scaled by alpha / rank")
+    targets: list[str] | None = Field(
+        None, min_length=1, description="linear layers, as q_proj; null: all of them"
+    )
+
 
 class ModelConfig(Section):
     """The policy: a folder or hub name (`path`), or an arm and size built from scratch."""
@@ -19,6 +31,7 @@ class ModelConfig(Section):
     size: str = "2m"
     vocab_size: int = Field(512, ge=280, description="tokenizer vocabulary of a model built from scratch")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the learner's and engine's compute")
+    lora: LoraConfig | None = Field(None, description="null: RL trains all weights")
 
 
 class DataConfig(Section):
@@ -57,6 +70,7 @@ class SFTConfig(Section):
     steps: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -104,6 +118,7 @@ class RLConfig(Section):
     token_budget: int = Field(16384, ge=1, description="tokens of prompts and completions per forward/backward pass")
     num_iterations: int = Field(1, ge=1, description="optimizer passes over one batch of traces")
     minibatches: int = Field(1, ge=1, description="optimizer steps that one batch of traces is split into")
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
@@ -133,7 +148,10 @@ class RLConfig(Section):
     max_completion_length: int = Field(128, ge=1)
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(20, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the last ones")
+    keep_best: int = Field(0, ge=0, description="those of the best held-out accuracy during RL, written when measured")
+    keep_every: int | None = Field(None, ge=1, description="each whose step is a multiple of this")
+    max_skipped: int = Field(5, ge=1, description="optimizer steps in a row that are not finite before the run stops")
 
     @model_validator(mode="after")
     def _options_agree(self) -> RLConfig:

@@ -88,7 +88,7 @@ def group_table(groups: list[Group], settings: OptimizerSettings) -> str:
         algorithm = group.algorithm(settings.optimizer)
         rows.append((group.name, str(len(group.parameters)), f"{size:,}", algorithm, decay, example))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> GroupedOptimizer:

@@ -11,10 +11,8 @@ from typing import Any
 
 from deltarl.rl.errors import UserError
 from deltarl.rl.jobs import Job, dump_job, load_job
-from deltarl.rl.metrics import MetricsLog
-
-STATE_FILE = "trainer_state.json"
-COLLECTOR_FILE = "collector.json"
+from deltarl.rl.manifest import Damaged, check
+from deltarl.rl.metrics import MetricsLog, read_metrics
 
 
 class RunFolder:
@@ -79,8 +77,51 @@ class RunFolder:
         os.replace(temporary, path)
         return path
 
-    def prune(self, keep: int, stage: str = "rl") -> None:
-        """Remove old checkpoints: the first and the last `keep` stay."""
-        steps = [step for step in self.steps(stage) if step > 0]
-        for step in steps[:-keep]:
+    def set_aside_damaged(self, stage: str = "rl") -> list[str]:
+        """Rename the latest checkpoints to `<step>.damaged` until one is as it was written; a line for each.
+
+        Raises UserError when the one that RL starts from is damaged: no earlier one is left.
+        """
+        lines = []
+        for step in reversed(self.steps(stage)):
+            folder = self.checkpoint(step, stage)
+            try:
+                check(folder)
+                break
+            except Damaged as damage:
+                if step == 0:
+                    raise UserError(f"{damage}; RL starts from it: run the job anew, in a new run folder") from damage
+                aside = folder.with_name(f"{step}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
+                before = self.latest(stage)
+                goes_on = "from the start" if before is None else f"with checkpoint {before}"
+                lines.append(f"checkpoint {step} is damaged ({damage}): going on {goes_on}")
+                self.event("damaged_checkpoint", step, lines[-1])
+        return lines
+
+    def accuracies(self) -> dict[int, float]:
+        """Held-out accuracy by RL step, where it was measured during RL."""
+        rows = read_metrics(self.metrics.path)
+        return {row["step"]: row["accuracy"] for row in rows if row["kind"] == "eval" and row["stage"] == "during"}
+
+    def prune(self, stage: str = "rl") -> None:
+        """Remove the checkpoints that the job's settings do not keep."""
+        rl = self.job.rl
+        if stage == "sft":
+            kept = kept_steps(self.steps(stage), last=2)
+        else:
+            kept = kept_steps(
+                self.steps(), last=rl.keep_checkpoints, best=rl.keep_best, every=rl.keep_every, scores=self.accuracies()
+            )
+        for step in set(self.steps(stage)) - kept:
             shutil.rmtree(self.checkpoint(step, stage))
+
+
+def kept_steps(
+    steps: list[int], *, last: int, best: int = 0, every: int | None = None, scores: Mapping[int, float] | None = None
+) -> set[int]:
+    """Those of `steps` to keep: 0, the `last` ones, the `best` by score (the later of equals), every `every`-th."""
+    scored = sorted((score, step) for step, score in (scores or {}).items() if step in steps)
+    kept = {0, *sorted(steps)[-last:], *(step for _, step in scored[len(scored) - best :])}
+    return {step for step in steps if step in kept or (every is not None and step % every == 0)}

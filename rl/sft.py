@@ -57,6 +57,7 @@ class WarmUp(Checkpointing, SFTTrainer):
         self, *, model: torch.nn.Module, tokenizer: Any, job: Job, dataset: Any, run: RunFolder, stop: StopRequest
     ) -> None:
         self.job, self.run, self.stop = job, run, stop
+        self.settings = job.sft
         self.bar: tqdm | None = None
         super().__init__(
             model=model,
@@ -86,7 +87,7 @@ class WarmUp(Checkpointing, SFTTrainer):
             self.bar.set_postfix_str(f"loss {logs.get('loss', float('nan')):.3f}")
         if self.stop.requested or step % CHECKPOINT_EVERY == 0:
             self.write_checkpoint(self.run.checkpoint(step, "sft"))
-            self.run.prune(1, "sft")
+            self.run.prune("sft")
         self.stop.check()
 
 

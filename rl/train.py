@@ -13,18 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from deltarl.model import save_checkpoint
 from deltarl.rewards import VerifierHost
+from deltarl.rl.adapters import ADAPTER_FOLDER, add_adapters, load_adapters
+from deltarl.rl.checkpointing import publish_policy
 from deltarl.rl.collect import Collector
 from deltarl.rl.errors import UserError
 from deltarl.rl.evaluate import evaluate
 from deltarl.rl.interrupt import Interrupted, StopRequest
 from deltarl.rl.jobs import Job, load_job
 from deltarl.rl.metrics import read_metrics
+from deltarl.rl.optimizers import group_table, parameter_groups
 from deltarl.rl.parts import Problems, check_engine, load_data, new_policy, open_engine, open_host, open_model, say
 from deltarl.rl.prompts import check_prompt_lengths
 from deltarl.rl.report import write_report
-from deltarl.rl.runfolder import COLLECTOR_FILE, RunFolder
+from deltarl.rl.runfolder import RunFolder, kept_steps
 from deltarl.rl.sft import warm_up
 from deltarl.rl.trainer import RLTrainer, updates_per_step
 
@@ -43,6 +45,9 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
     check_engine(job)
     with StopRequest() as stop, open_host(job) as host:
         data = load_data(job, host)
+        for stage in ("sft", "rl"):
+            for line in resume.set_aside_damaged(stage) if resume is not None else ():
+                say(line)
         policy = opening_policy(job, resume, data)
         folder = resume or RunFolder.create(job)
         try:
@@ -102,7 +107,7 @@ def warmed_up(job: Job, folder: RunFolder, data: Problems, policy: Policy, stop:
             folder.event("resumed", policy.sft_step, "within SFT")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         warm_up(policy.model.to(device), policy.tokenizer, job, data.train, folder, stop, policy.sft_step)
-    save_checkpoint(policy.model, policy.tokenizer, folder.checkpoint(0))
+    publish_policy(policy.model, policy.tokenizer, folder.checkpoint(0))
     return str(folder.checkpoint(0))
 
 
@@ -116,7 +121,8 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
     say("starting the rollout engine")
     worker = open_engine(job, path)
     try:
-        model, tokenizer = open_model(path)
+        model, tokenizer = open_learner(job, start, folder.checkpoint(first) if first else None)
+        say(group_table(parameter_groups(model), job.rl))
         collector = Collector(job=job, problems=data.train, tokenizer=tokenizer, worker=worker, host=host, stop=stop)
         trainer = RLTrainer(
             model=model,
@@ -128,7 +134,7 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
         )
         trainer.state.global_step = first * updates_per_step(job)
         if first:
-            collector.load_state_dict(json.loads((folder.checkpoint(first) / COLLECTOR_FILE).read_text()))
+            trainer.load_parts(folder.checkpoint(first))
         stage = RLStage(trainer, data, first)
         stage.evaluate_if_due(first)
         stage.run(path if first else None)
@@ -136,6 +142,21 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
         stage.measure(job.rl.steps, "after")
     finally:
         worker.close()
+
+
+def open_learner(job: Job, start: str, checkpoint: Path | None) -> tuple[Any, Any]:
+    """The model that learns, and its tokenizer: as it was in `checkpoint`, or else as RL starts.
+
+    With adapters it is always the base at `start`, with the checkpoint's adapters put in.
+    """
+    lora = job.model.lora
+    if lora is None:
+        return open_model(start if checkpoint is None else str(checkpoint))
+    model, tokenizer = open_model(start)
+    add_adapters(model, lora)
+    if checkpoint is not None:
+        load_adapters(model, checkpoint / ADAPTER_FOLDER)
+    return model, tokenizer
 
 
 class RLStage:
@@ -162,15 +183,21 @@ class RLStage:
         """Evaluate and save where the job says so; True asks the trainer to stop."""
         with suppress(Interrupted):  # stopped while evaluating: the step is complete, and saved below
             self.evaluate_if_due(step)
-        if self.stop.requested or step % self.job.rl.checkpoint_every == 0 or step == self.job.rl.steps:
+        rl = self.job.rl
+        if self.stop.requested or step % rl.checkpoint_every == 0 or step == rl.steps or self.is_best(step):
             self.save(step)
         return self.stop.requested
+
+    def is_best(self, step: int) -> bool:
+        """Whether held-out accuracy was measured at this step and belongs to the best that the job keeps."""
+        accuracies = self.folder.accuracies()
+        return step in kept_steps(list(accuracies), last=0, best=self.job.rl.keep_best, scores=accuracies)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a completed step, unless it is there; the start of RL needs none."""
         if step > 0 and step not in self.folder.steps():
             self.trainer.write_checkpoint(self.folder.checkpoint(step))
-            self.folder.prune(self.job.rl.keep_checkpoints)
+            self.folder.prune()
 
     def evaluate_if_due(self, step: int) -> None:
         """The evaluation before RL, or one of those during it, unless it is on record."""

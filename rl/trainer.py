@@ -6,13 +6,11 @@ what a step does: a collector gives the traces, rl/forward.py their logprobs, rl
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,16 +23,19 @@ from tqdm import tqdm
 from transformers import PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from deltarl.model import checkpoint_tensors
+from deltarl.rl.adapters import policy_tensors
+from deltarl.rl.algorithms import Algorithm, Scores
 from deltarl.rl.batch import Batch
-from deltarl.rl.checkpointing import Checkpointing
+from deltarl.rl.checkpointing import Checkpointing, Stateful
 from deltarl.rl.collect import Collector
+from deltarl.rl.critic import Critic
 from deltarl.rl.forward import enable_scoring, packed_logprobs, unwrapped
 from deltarl.rl.jobs import Job
-from deltarl.rl.losses import group_advantages
-from deltarl.rl.objective import MicroBatch, Tally, grpo_loss
+from deltarl.rl.objective import MicroBatch, Tally
 from deltarl.rl.packing import Pack, make_packs
-from deltarl.rl.runfolder import COLLECTOR_FILE, RunFolder
+from deltarl.rl.ptx import PTXStream
+from deltarl.rl.runfolder import RunFolder
+from deltarl.rl.targets import Targets
 
 METRIC_NAMES = ("grad_norm", "loss", "learning_rate")
 
@@ -73,16 +74,12 @@ def grpo_config(job: Job, output_dir: str) -> GRPOConfig:
 
 @dataclass(frozen=True)
 class Learning:
-    """The batch that is being learned from, and what was computed about it before its first update.
-
-    advantages [N]; old, reference: per trace, the logprobs of its completion under the policy before the first update
-    and under the reference; None where the loss has no use for them.
-    """
+    """The batch that is being learned from, what was computed about it before its first update, and in how many parts."""
 
     batch: Batch
-    advantages: Tensor
-    old: list[Tensor] | None
-    reference: list[Tensor] | None
+    scores: Scores
+    targets: Targets
+    minibatches: int
 
 
 class RLTrainer(Checkpointing, GRPOTrainer):
@@ -92,7 +89,8 @@ class RLTrainer(Checkpointing, GRPOTrainer):
     be set, is called when a step's row has been written and may return True to stop; checkpoints are only meaningful
     there, between batches of traces.
 
-    `reference` anchors the KL, and is given where `rl.beta` is more than 0.
+    `reference` anchors the KL, and is given where `rl.beta` is more than 0; `algorithm` is GRPO where none is given;
+    `ptx` is the supervised stream of `rl.ptx`.
 
     Raises `Interrupted` out of `train()` when a stop is requested while the engine generates.
     """
@@ -106,8 +104,13 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         collector: Collector,
         run: RunFolder,
         reference: torch.nn.Module | None = None,
+        algorithm: Algorithm | None = None,
+        ptx: PTXStream | None = None,
     ) -> None:
         self.job, self.collector, self.run = job, collector, run
+        self.settings = job.rl
+        self.algorithm = Algorithm(job.rl) if algorithm is None else algorithm
+        self.ptx = ptx
         self.after_step: Callable[[int], bool] = lambda step: False
         self.bar: tqdm | None = None
         self.learning: Learning | None = None
@@ -146,16 +149,33 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         if update == 0:
             self.learning = self._begin_step(model)
         loss = torch.zeros((), device=self.accelerator.device)
+        losses = self._losses(model, update)
+        for index, part_of_it in enumerate(losses):
+            last = index == len(losses) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                part = part_of_it()
+                self.accelerator.backward(part)
+            loss += part.detach()
+        if losses:
+            self.algorithm.after_update(self.accelerator.reduce)
+        return loss
+
+    def _losses(self, model: torch.nn.Module, update: int) -> list[Callable[[], Tensor]]:
+        """What adds up to the loss of an update of the RL step, pack by pack; nothing in one that is left out.
+
+        A batch in fewer minibatches than `rl.minibatches` leaves out the first updates: a step has as many as ever.
+        """
+        device, unused = self.accelerator.device, self.job.rl.minibatches - self.learning.minibatches
+        update -= unused * self.job.rl.num_iterations
+        if update < 0:
+            return []
         minibatch = self._minibatch(update)
         packs = self._packs(minibatch)
         tokens = sum(sum(pack.completions) for pack in packs)
-        for index, pack in enumerate(packs):
-            last = index == len(packs) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                part = self._loss(model, pack.to(self.accelerator.device), len(minibatch), tokens)
-                self.accelerator.backward(part)
-            loss += part.detach()
-        return loss
+        losses = [lambda pack=pack: self._loss(model, pack.to(device), len(minibatch), tokens) for pack in packs]
+        if self.ptx is not None and self.algorithm.learns_policy(self.rl_step):
+            losses += self.ptx.losses(model, self.state.global_step, self.accelerator, self._tally)
+        return losses
 
     def _begin_step(self, model: torch.nn.Module) -> Learning:
         """Collect a batch of traces from the current weights, and what its updates are measured against."""
@@ -168,16 +188,21 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         batch = self.collector.collect(self.rl_step)
         self.show("learning")
         began = time.perf_counter()
-        rl = self.job.rl
-        advantages = group_advantages(batch.rewards, batch.group, baseline=rl.baseline, scale=rl.scale_rewards)
-        learning = Learning(
-            batch,
-            advantages,
-            old=self._logprobs(model, batch) if updates_per_step(self.job) > 1 else None,
-            reference=None if self.ref_model is None else self._logprobs(self.ref_model, batch),
+        lengths = torch.tensor([len(sample.trace.completion_ids) for sample in batch.samples]).unsqueeze(1)
+        needs_old = self.algorithm.needs_old
+        old, values = self._score(model, batch, self.algorithm.critic) if needs_old else (None, None)
+        scores = Scores(
+            mask=(torch.arange(int(lengths.max())) < lengths).long(),
+            sampler=pad_sequence([torch.tensor(sample.trace.logprobs) for sample in batch.samples], batch_first=True),
+            old=old,
+            reference=None if self.ref_model is None else self._score(self.ref_model, batch)[0],
+            values=values,
         )
+        targets = self.algorithm.begin(batch, scores, self.rl_step)
+        learning = Learning(batch, scores, targets, self.algorithm.minibatches(scores))
         self._seconds["logprobs"] = time.perf_counter() - began
-        self.run.write_traces("traces", self.rl_step + 1, batch.trace_rows(self.rl_step + 1, advantages.tolist()))
+        of_traces = (targets.advantages * scores.mask).sum(1) / lengths.squeeze(1).clamp(min=1)
+        self.run.write_traces("traces", self.rl_step + 1, batch.trace_rows(self.rl_step + 1, of_traces.tolist()))
         return learning
 
     def sync_engine(self) -> None:
@@ -185,61 +210,76 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         if self._synced_at == self.state.global_step:
             return
         began = time.perf_counter()
-        tensors = checkpoint_tensors(self.accelerator.unwrap_model(self.model))
+        tensors = policy_tensors(self.accelerator.unwrap_model(self.model))
         self.collector.worker.sync_weights(tensors, version=self.rl_step)
         self._synced_at = self.state.global_step
         self._seconds["sync"] += time.perf_counter() - began
 
     def _minibatch(self, update: int) -> list[int]:
         """The traces of an update of the RL step: every iteration over the batch has an order of its own."""
-        iteration, part = divmod(update, self.job.rl.minibatches)
+        iteration, part = divmod(update, self.learning.minibatches)
         rng = np.random.default_rng([self.job.seed, self.rl_step, 2, iteration])
         order = rng.permutation(len(self.learning.batch.samples))
-        return np.array_split(order, self.job.rl.minibatches)[part].tolist()
+        return np.array_split(order, self.learning.minibatches)[part].tolist()
 
     def _packs(self, rows: list[int]) -> list[Pack]:
         return make_packs([sample.trace for sample in self.learning.batch.samples], rows, self.job.rl.token_budget)
 
     @torch.no_grad()
-    def _logprobs(self, model: torch.nn.Module, batch: Batch) -> list[Tensor]:
-        """Logprobs of every trace's completion under a model."""
-        found: list[Tensor] = [torch.empty(0)] * len(batch.samples)
+    def _score(
+        self, model: torch.nn.Module, batch: Batch, critic: Critic | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logprobs of the completions under a model, and their values by a critic: [N, T] each, on the CPU."""
         traces = [sample.trace for sample in batch.samples]
+        logprobs: list[Tensor] = [torch.empty(0)] * len(traces)
+        values = list(logprobs)
         for pack in make_packs(traces, range(len(traces)), self.job.rl.token_budget):
+            pack = pack.to(self.accelerator.device)
             with self.accelerator.autocast():
-                scored = packed_logprobs(model, pack.to(self.accelerator.device), temperature=self.job.rl.temperature)
-            for row, values in zip(pack.rows, pack.split(scored.logprobs), strict=True):
-                found[row] = values
-        return found
+                scored = packed_logprobs(model, pack, temperature=self.job.rl.temperature, hidden=critic is not None)
+                found = None if critic is None else critic(pack, scored.hidden).cpu()
+            for place, row in enumerate(pack.rows):
+                logprobs[row] = pack.split(scored.logprobs)[place].cpu()
+                if found is not None:
+                    values[row] = pack.split(found)[place]
+        return pad_sequence(logprobs, batch_first=True), None if critic is None else pad_sequence(
+            values, batch_first=True
+        )
 
     def _loss(self, model: torch.nn.Module, pack: Pack, sequences: int, tokens: int) -> Tensor:
         """A pack's share of the loss of a minibatch of that many sequences and completion tokens."""
-        learning, device = self.learning, self.accelerator.device
+        scores, targets, critic = self.learning.scores, self.learning.targets, self.algorithm.critic
+        learns = self.algorithm.learns_policy(self.rl_step)
         with self.accelerator.autocast():
-            scored = packed_logprobs(model, pack, temperature=self.job.rl.temperature, entropy=True)
+            with torch.set_grad_enabled(learns):
+                scored = packed_logprobs(
+                    model, pack, temperature=self.job.rl.temperature, entropy=True, hidden=critic is not None
+                )
+            values = None if critic is None else pack.to_rows(critic(pack, scored.hidden))
         logprobs = pack.to_rows(scored.logprobs)
-        samplers = [torch.tensor(learning.batch.samples[row].trace.logprobs, device=device) for row in pack.rows]
 
-        def recorded(values: list[Tensor] | None) -> Tensor | None:
-            return None if values is None else pad_sequence([values[row] for row in pack.rows], batch_first=True)
+        def recorded(known: Tensor | None) -> Tensor | None:
+            return None if known is None else known[pack.rows, : logprobs.shape[1]].to(logprobs.device)
 
-        old = recorded(learning.old)
         micro = MicroBatch(
             logprobs=logprobs,
             entropies=pack.to_rows(scored.entropies),
             mask=pack.mask(),
-            advantages=learning.advantages[pack.rows].unsqueeze(1).to(device),
-            old=logprobs.detach() if old is None else old,
-            sampler=pad_sequence(samplers, batch_first=True),
-            reference=recorded(learning.reference),
+            advantages=recorded(targets.advantages),
+            old=logprobs.detach() if scores.old is None else recorded(scores.old),
+            sampler=recorded(scores.sampler),
+            reference=recorded(scores.reference),
             sequences=float(sequences),
             tokens=float(tokens),
+            values=values,
+            old_values=recorded(scores.values),
+            returns=recorded(targets.returns),
         )
-        return grpo_loss(self.job.rl, micro, self._tally)
+        return self.algorithm.loss(micro, self.rl_step, self._tally)
 
-    def write_more(self, folder: Path) -> None:
-        """The collector's state."""
-        (folder / COLLECTOR_FILE).write_text(json.dumps(self.collector.state_dict()))
+    def parts(self) -> dict[str, Stateful]:
+        """The collector and the algorithm."""
+        return {"collector": self.collector, "algorithm": self.algorithm}
 
     def show(self, doing: str) -> None:
         """Say what is being done at the progress bar, if there is one."""
@@ -256,13 +296,15 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         measured = self.learning.batch.measure()
         phases = {"generate": 0.0, "sync": 0.0, "verify": 0.0, **self._seconds, **self.collector.seconds}
         phases["update"] = elapsed - sum(phases.values())
+        tallied = self._tally.take()
         self.run.metrics.append(
             {
                 "kind": "rl",
                 "step": self.rl_step,
                 **measured,
                 **{name: logs[name] for name in METRIC_NAMES if name in logs},
-                **self._tally.take(),
+                **tallied,
+                **self.algorithm.after_step(tallied),
                 "tokens_per_second": measured["tokens_generated"] / phases["generate"],
                 "weight_version": self.rl_step - 1,
                 "time": phases,

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import torch
 from transformers import Trainer, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
@@ -40,13 +41,20 @@ def test_fused_head_takes_flat_states():
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
-        ("_save_rng_state", ["self", "output_dir"]),
+        ("create_optimizer", ["self", "model"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("_load_rng_state", ["self", "checkpoint"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
     ],
 )
-def test_trainer_saves_its_state(name, arguments):
+def test_trainer_loads_its_state_through_what_is_replaced(name, arguments):
     assert parameters(getattr(Trainer, name)) == arguments, f"transformers' {name} changed: see rl/checkpointing.py"
+
+
+def test_muon_collects_its_matrices_in_one_place():
+    assert parameters(torch.optim.Muon._init_group) == [
+        "self", "group", "params_with_grad", "grads", "muon_momentum_bufs"
+    ], "torch's Muon changed: see Muon in rl/optimizers.py"  # fmt: skip
 
 
 def test_trainer_state_round_trip(tmp_path):

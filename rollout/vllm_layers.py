@@ -1,4 +1,4 @@
-"""The attention layers of a Kimi Linear hybrid for vLLM: KDA over vLLM's state cache, and latent attention."""
+"""The attention layers of a hybrid for vLLM: KDA and GDN over vLLM's state cache, and latent attention."""
 
 import torch
 import torch.nn.functional as F
@@ -7,51 +7,55 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 
-from deltarl.kernels import causal_conv1d, causal_conv1d_decode_, gated_rms_norm, kda_chunk, kda_decode_
+from deltarl.kernels import (
+    causal_conv1d,
+    causal_conv1d_decode_,
+    gated_rms_norm,
+    gdn_chunk,
+    gdn_decode_,
+    kda_chunk,
+    kda_decode_,
+)
 from deltarl.rollout.vllm_states import LayerStates, StateMetadata
 from deltarl.rollout.vllm_weights import FusedLinear, HeadsUp, RMSNorm, RowLinear, Weight, parameter, share
 
 
-class KimiDeltaAttention(nn.Module):
-    """KDA (Kimi Linear 2025, eq. 1) over vLLM's state cache; its state update is `deltarl.kernels`'."""
+class DeltaAttention(nn.Module):
+    """What KDA and GDN share over vLLM's state cache; the update of the states is `deltarl.kernels`'."""
 
-    def __init__(self, config, states: LayerStates, place: int) -> None:
+    def __init__(self, config, states: LayerStates, place: int, gates: list[int]) -> None:
+        """gates: rows of the projections that `self.gates` is given, after q, k and v."""
         super().__init__()
         self.states, self.place = states, place
         linear, hidden = config.linear_attn_config, config.hidden_size
-        self.heads, self.head_dim = share(linear["num_heads"], "linear_attn_config.num_heads"), linear["head_dim"]
+        self.heads, self.head_dim = local_heads(config), linear["head_dim"]
         self.size, width = self.heads * self.head_dim, linear["short_conv_kernel_size"]
         self.gate_lower_bound = getattr(config, "gate_lower_bound", None)
-        self.in_proj = FusedLinear(hidden, [3 * self.size, 2 * self.head_dim, self.heads])
-        qkv, low_rank, beta = self.in_proj.blocks()
+        self.in_proj = FusedLinear(hidden, [3 * self.size, *gates, self.heads])
+        qkv, *_, beta = self.in_proj.blocks()
         self.q_proj, self.k_proj, self.v_proj = (Weight(block, cut=0) for block in qkv.chunk(3))
-        self.f_a_proj, self.g_a_proj = (Weight(block) for block in low_rank.chunk(2))
         self.b_proj = Weight(beta, cut=0)
-        self.low_rank_up = torch.empty(2, self.size, self.head_dim)
-        self.f_b_proj, self.g_b_proj = (Weight(matrix, cut=0) for matrix in self.low_rank_up)
         self.conv_weight = torch.empty(3 * self.size, width)
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (Weight(w, 0) for w in self.conv_weight.unsqueeze(1).chunk(3))
         self.A_log = parameter(torch.empty(self.heads, dtype=torch.float32), cut=0)
-        self.dt_bias = parameter(torch.empty(self.size, dtype=torch.float32), cut=0)
         self.o_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.o_proj = RowLinear(self.size, hidden)
 
-    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
         """x [tokens, hidden] -> [tokens, hidden], the batch's sequences one after another."""
-        qkv, low_rank, beta = self.in_proj(x)
-        low_rank = low_rank.unflatten(-1, (2, self.head_dim)).transpose(0, 1)
-        decay, gate = torch.bmm(low_rank, self.low_rank_up.transpose(1, 2)).unflatten(-1, (-1, self.head_dim))
+        qkv, *gates, beta = self.in_proj(x)
+        decay, gate = self.gates(*gates)
         inputs = qkv, decay, beta, gate
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM's run for measuring memory, which has no cache
-            out = self.chunk(*inputs, None)[0] if x.is_cuda else torch.zeros_like(decay)
+            out = self.chunk(*inputs, None)[0] if x.is_cuda else torch.zeros_like(gate)
         else:
             out = self.attend(metadata[self.states.prefix], *inputs)
         return self.o_proj(out.flatten(-2))
 
     def attend(self, batch: StateMetadata, *inputs: torch.Tensor) -> torch.Tensor:
-        """inputs: qkv [tokens, 3·H·D] before the convolution, decay [tokens, H, D], beta [tokens, H] and the output's
-        gate [tokens, H, D], all raw -> [tokens, H, D], normed and gated."""
+        """inputs: qkv [tokens, 3·H·D] before the convolution, decay [tokens, H, D] (GDN: [tokens, H]), beta [tokens, H]
+        and the output's gate [tokens, H, D], all raw -> [tokens, H, D], normed and gated."""
         parts = []
         if batch.decodes:
             parts.append(self.decode(*(x[: batch.decodes] for x in inputs), batch.slots[: batch.decodes]))
@@ -59,7 +63,7 @@ class KimiDeltaAttention(nn.Module):
             parts.append(self.prefill(batch, *(x[batch.decodes : batch.tokens] for x in inputs)))
         rows = len(inputs[0])
         if batch.tokens < rows:  # padding
-            parts.append(inputs[1].new_zeros(rows - batch.tokens, self.heads, self.head_dim))
+            parts.append(inputs[0].new_zeros(rows - batch.tokens, self.heads, self.head_dim))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,7 +74,7 @@ class KimiDeltaAttention(nn.Module):
     ) -> torch.Tensor:
         conv_cache, state_cache = self.states.of_layer(self.place, self.heads)
         q, k, v = self.split(causal_conv1d_decode_(qkv, self.conv_weight, conv_cache, slots))
-        return kda_decode_(
+        return self.decode_step_(
             q,
             k,
             v,
@@ -115,7 +119,7 @@ class KimiDeltaAttention(nn.Module):
             qkv.unsqueeze(0), self.conv_weight, cu_seqlens=cu_seqlens, initial_state=conv, output_final_state=True
         )
         q, k, v = self.split(y)
-        out, state = kda_chunk(
+        out, state = self.chunk_scan(
             q,
             k,
             v,
@@ -132,8 +136,48 @@ class KimiDeltaAttention(nn.Module):
         return out, conv, state
 
 
+class KimiDeltaAttention(DeltaAttention):
+    """KDA (Kimi Linear 2025, eq. 1): a decay per channel, through a low-rank projection as the output's gate."""
+
+    chunk_scan, decode_step_ = staticmethod(kda_chunk), staticmethod(kda_decode_)
+
+    def __init__(self, config, states: LayerStates, place: int) -> None:
+        rank = config.linear_attn_config["head_dim"]
+        super().__init__(config, states, place, [2 * rank])
+        self.f_a_proj, self.g_a_proj = (Weight(block) for block in self.in_proj.blocks()[1].chunk(2))
+        self.low_rank_up = torch.empty(2, self.size, rank)
+        self.f_b_proj, self.g_b_proj = (Weight(matrix, cut=0) for matrix in self.low_rank_up)
+        self.dt_bias = parameter(torch.empty(self.size, dtype=torch.float32), cut=0)
+
+    def gates(self, low_rank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        low_rank = low_rank.unflatten(-1, (2, self.head_dim)).transpose(0, 1)
+        decay, gate = torch.bmm(low_rank, self.low_rank_up.transpose(1, 2)).unflatten(-1, (-1, self.head_dim))
+        return decay, gate
+
+
+class GatedDeltaNet(DeltaAttention):
+    """Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, eq. 10) in KDA's layer: one decay a head."""
+
+    chunk_scan, decode_step_ = staticmethod(gdn_chunk), staticmethod(gdn_decode_)
+
+    def __init__(self, config, states: LayerStates, place: int) -> None:
+        rank = config.linear_attn_config["head_dim"]
+        super().__init__(config, states, place, [local_heads(config), rank])
+        _, decay, low_rank, _ = self.in_proj.blocks()
+        self.a_proj, self.g_a_proj = Weight(decay, cut=0), Weight(low_rank)
+        self.g_b_proj = Weight(torch.empty(self.size, rank), cut=0)
+        self.dt_bias = parameter(torch.empty(self.heads, dtype=torch.float32), cut=0)
+
+    def gates(self, decay: torch.Tensor, low_rank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return decay, F.linear(low_rank, self.g_b_proj.weight).unflatten(-1, (-1, self.head_dim))
+
+
+def local_heads(config) -> int:
+    return share(config.linear_attn_config["num_heads"], "linear_attn_config.num_heads")
+
+
 class LatentAttention(nn.Module):
-    """MLA without position encoding (DeepSeek-V2 2024, section 2.1; Kimi Linear 2025).
+    """MLA (DeepSeek-V2 2024, section 2.1) without position encoding, or with rotary positions.
 
     On a GPU vLLM's latent attention runs over a cache of latents. On a CPU its kernel takes latents of 512 + 64 only,
     so there it is expanded to one key per head; its attention wants one size for keys and values: values are padded.
@@ -141,8 +185,8 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        if not config.mla_use_nope or config.q_lora_rank is not None:
-            raise ValueError("the engine serves MLA without rotary encoding and without q_lora_rank only")
+        if config.q_lora_rank is not None:
+            raise ValueError("the engine serves MLA without q_lora_rank only: set it to null")
         self.heads = share(config.num_attention_heads, "num_attention_heads")
         self.nope, self.rope, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.qk_dim, self.latent = self.nope + self.rope, config.kv_lora_rank
@@ -182,15 +226,19 @@ class LatentAttention(nn.Module):
             prefix=prefix,
         )
 
-    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]."""
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]; rotation of `rotations`, or None."""
         q, latent = self.in_proj(x)
+        q = q.unflatten(-1, (self.heads, self.qk_dim))
         latent, shared_key = latent.split([self.latent, self.rope], -1)
         latent = self.kv_a_layernorm(latent)
+        if rotation is not None:
+            turned = rotate(torch.cat((q[..., self.nope :], shared_key.unsqueeze(1)), 1), rotation)
+            q[..., self.nope :] = turned[:, :-1]
+            shared_key = turned[:, -1].to(q.dtype)
         if self.expanded:
-            out = self.attend_expanded(q, latent, shared_key)
+            out = self.attend_expanded(q.flatten(1), latent, shared_key)
         else:
-            q = q.unflatten(-1, (self.heads, self.qk_dim))
             out = self.attn(q, latent, shared_key.unsqueeze(1), output_shape=(len(x), self.heads * self.v_dim))
         return self.o_proj(out)
 
@@ -201,3 +249,16 @@ class LatentAttention(nn.Module):
         v = F.pad(v, (0, self.qk_dim - self.v_dim))
         out = self.attn(q, k.flatten(1), v.flatten(1))
         return out.unflatten(-1, (self.heads, self.qk_dim))[..., : self.v_dim].flatten(1)
+
+
+def rotations(positions: torch.Tensor, size: int, theta: float) -> torch.Tensor:
+    """exp(i·p·theta^(-2c/size)) for positions p [tokens] and channel pairs c: complex64 [tokens, size / 2]."""
+    pairs = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
+    angle = positions.unsqueeze(-1) * theta ** (-pairs / size)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (RoFormer 2021, eq. 34): channels 2c and 2c + 1 of x [tokens, heads, size] turned, in fp32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2)

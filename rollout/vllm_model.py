@@ -9,7 +9,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalcu
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 
 from deltarl.rollout.vllm_ffn import DenseFFN, MoEFFN
-from deltarl.rollout.vllm_layers import KimiDeltaAttention, LatentAttention
+from deltarl.rollout.vllm_layers import GatedDeltaNet, KimiDeltaAttention, LatentAttention, rotations
 from deltarl.rollout.vllm_states import LayerStates, state_groups
 from deltarl.rollout.vllm_weights import Embedding, Head, RMSNorm
 
@@ -27,11 +27,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, positions: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None
+        self, x: torch.Tensor, residual: torch.Tensor | None, rotation: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output is the sum of both tensors, which the next norm makes."""
         x, residual = self.input_layernorm.after(x, residual)
-        x = self.self_attn(positions, x)
+        x = self.self_attn(x, rotation)
         x, residual = self.post_attention_layernorm.after(x, residual)
         return getattr(self, self.ffn_name)(x), residual
 
@@ -39,11 +39,13 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        linear = GatedDeltaNet if config.linear_attn_config.get("gdn_layers") else KimiDeltaAttention
         attention: dict[int, nn.Module] = {}
         for group in state_groups(config):  # vLLM wants one number in a cached layer's name
             states = LayerStates(config, vllm_config, f"{prefix}.layers.{group[0]}.states")
-            attention |= {index: KimiDeltaAttention(config, states, place) for place, index in enumerate(group)}
+            attention |= {index: linear(config, states, place) for place, index in enumerate(group)}
         for index in range(config.num_hidden_layers):
             if index not in attention:
                 attention[index] = LatentAttention(config, vllm_config, f"{prefix}.layers.{index}.self_attn")
@@ -51,9 +53,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        residual = None
+        residual = rotation = None
+        if not self.config.mla_use_nope:
+            rotation = rotations(positions, self.config.qk_rope_head_dim, self.config.rope_parameters["rope_theta"])
         for layer in self.layers:
-            x, residual = layer(positions, x, residual)
+            x, residual = layer(x, residual, rotation)
         return self.norm.after(x, residual)[0]
 
 

@@ -257,3 +257,14 @@ def test_decode_steps_can_be_whole_cuda_graphs_without_a_compiler() -> None:
     config = CompilationConfig(**gpu_settings(64)["compilation_config"])
     assert config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY and config.mode == 0
     assert config.cudagraph_capture_sizes[-1] == 64
+
+
+def test_the_configuration_has_what_our_class_reads() -> None:
+    from vllm.transformers_utils.configs.kimi_linear import KimiLinearConfig
+
+    linear = {"kda_layers": [1], "full_attn_layers": [2], "gdn_layers": [1], "num_heads": 1}
+    config = KimiLinearConfig(num_hidden_layers=2, linear_attn_config=linear, rope_theta=5e4, gate_lower_bound=-5.0)
+    used = "rollout/vllm_model.py and vllm_layers.py"
+    assert [config.is_kda_layer(index) for index in range(2)] == [True, False], used
+    assert config.rope_parameters["rope_theta"] == 5e4, used
+    assert config.linear_attn_config["gdn_layers"] == [1] and config.gate_lower_bound == -5.0, used

@@ -33,7 +33,11 @@ MOE = {
     "num_shared_experts": 1,
     "moe_intermediate_size": 512,
 }
-ARMS = {"kda": ("kda", {}), "mla": ("mla", {}), "moe": ("kda", MOE), "bounded": ("kda", {"gate_lower_bound": -5.0})}
+ARMS = {
+    **{arm: (arm, {}) for arm in ("kda", "mla", "gdn", "mla-rope")},
+    "moe": ("kda", MOE),
+    "bounded": ("kda", {"gate_lower_bound": -5.0}),
+}
 VOCAB = 8192
 SEQUENCES, TOKENS = 256, 512
 GREEDY = Sampling(temperature=0, max_tokens=64, ignore_eos=True)

@@ -27,8 +27,10 @@ def assert_same_function(model, traces) -> None:
         torch.testing.assert_close(torch.tensor(trace.logprobs), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
-@pytest.mark.parametrize("arm", ["kda", "mla"])
+@pytest.mark.parametrize(
+    ("arm", "chunked"),
+    [("kda", False), ("kda", True), ("mla", False), ("mla", True), ("gdn", True), ("mla-rope", True)],
+)
 def test_engine_equals_trainer_before_and_after_three_syncs(
     arm, chunked, make_hybrid, make_folder, prompts, closing
 ) -> None:

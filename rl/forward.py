@@ -49,17 +49,27 @@ def packed_logprobs(
     Logprobs and entropies are of softmax(logits / temperature). In the backward pass the logits are computed again,
     tile by tile.
     """
+    inputs, before = _inputs(model, pack)
+    logprobs, entropies, states = model(**inputs, score=(before, pack.targets, temperature, entropy))
+    return Scored(logprobs, entropies, states if hidden else None)
+
+
+def packed_states(model: nn.Module, pack: Pack) -> Tensor:
+    """The last hidden states [S, D] of a causal LM after the token before each completion token of a pack."""
+    inputs, before = _inputs(model, pack)
+    return model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[before]
+
+
+def _inputs(model: nn.Module, pack: Pack) -> tuple[dict[str, Any], Tensor]:
+    """What a model reads of a pack, and where in its output the token before each completion token stands."""
     rows = torch.arange(max(pack.lengths)) < torch.tensor(pack.lengths).unsqueeze(1)
     if isinstance(unwrapped(model), HybridForCausalLM):
         cu_seqlens = torch.tensor([0, *pack.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        inputs, before = {"input_ids": pack.ids.unsqueeze(0), "cu_seqlens": cu_seqlens}, pack.before
-    else:
-        mask = rows.to(pack.ids.device)
-        place = mask.flatten().nonzero().squeeze(1)
-        ids = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, pack.ids)
-        inputs, before = {"input_ids": ids, "attention_mask": mask.long()}, place[pack.before]
-    logprobs, entropies, states = model(**inputs, score=(before, pack.targets, temperature, entropy))
-    return Scored(logprobs, entropies, states if hidden else None)
+        return {"input_ids": pack.ids.unsqueeze(0), "cu_seqlens": cu_seqlens}, pack.before
+    mask = rows.to(pack.ids.device)
+    place = mask.flatten().nonzero().squeeze(1)
+    ids = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, pack.ids)
+    return {"input_ids": ids, "attention_mask": mask.long()}, place[pack.before]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -1,8 +1,9 @@
-"""GRPO and its family: one micro-batch of traces and the job's settings give the loss, and what is logged about it."""
+"""The loss: one micro-batch of traces and the job's settings give it, and what is logged about it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from deltarl.rl.losses import (
     correction_weights,
     effective_sample_size,
     kl_estimate,
+    mirror_descent,
+    value_loss,
 )
+from deltarl.rl.losses.policy import Surrogate
 
 NORMALISATION = {"grpo": "sequence", "dr_grpo": "length", "dapo": "token", "cispo": "token", "bnpo": "token"}
 
@@ -27,6 +31,8 @@ class MicroBatch:
     logprobs carries the gradient; entropies in nats; advantages [B, 1] or [B, T]; old: the policy's logprobs before
     this batch's first update; sampler: those recorded when each token was drawn; reference: None without a KL term.
     sequences, tokens: of the whole batch of the optimizer step.
+    values, old_values, returns: PPO's, of the critic now (with its gradient), before this batch's first update, and
+    what it learns towards, NaN where nothing was graded.
     """
 
     logprobs: Tensor
@@ -38,6 +44,9 @@ class MicroBatch:
     reference: Tensor | None
     sequences: float
     tokens: float
+    values: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
 
 
 class Tally:
@@ -61,6 +70,20 @@ class Tally:
         largest = torch.where(mask, values.detach(), -torch.inf).max().double()
         self.largest[name] = torch.maximum(self.largest[name], largest) if name in self.largest else largest
 
+    def copy(self) -> Tally:
+        """The same so far, to go back to."""
+        other = Tally()
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything so far, still in sums."""
+        return {"sums": dict(self.sums), "largest": dict(self.largest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.sums, self.largest = dict(state["sums"]), dict(state["largest"])
+
     def take(self) -> dict[str, float]:
         """Everything so far; starts anew."""
         found = {name: total / count.clamp(min=1.0) for name, (total, count) in self.sums.items()} | self.largest
@@ -71,45 +94,67 @@ class Tally:
         return {name: value for name, value in values if value != -torch.inf}
 
 
-def grpo_loss(rl: RLConfig, batch: MicroBatch, tally: Tally) -> Tensor:
-    """The micro-batch's share of the loss of its optimizer step, a scalar:
+def policy_loss(rl: RLConfig, batch: MicroBatch, tally: Tally, *, tau: float | None = None) -> Tensor:
+    """The micro-batch's share of the policy's loss in its optimizer step, a scalar. Formulas: deltarl.rl.losses.
 
-        mean over tokens, as `rl.loss_type` takes it, of   c * surrogate + beta * KL - entropy_bonus * H
+    grpo, ppo: the mean over tokens, as `rl.loss_type` takes it, of
 
-    with c the off-policy correction of `rl.importance_sampling`, which is 1 for the samples of an engine that agrees
-    with the learner. Formulas: deltarl.rl.losses.
+        c * surrogate + beta * KL - entropy_bonus * H
+
+    kimi: the mean over sequences of mirror descent's loss at `tau`, its tokens weighed by c, and of the sums over each
+    sequence of the other two terms.
+
+    c: the off-policy correction of `rl.importance_sampling`, which is 1 for the samples of an engine that agrees with
+    the learner. KL: to the reference, unless `rl.kl_in` puts it into the rewards.
     """
-    mask, level = batch.mask, rl.importance_sampling_level
-    if rl.loss_type == "cispo":
-        surrogate = cispo(batch.logprobs, batch.old, batch.advantages, mask, weight_cap=rl.epsilon_high, level=level)
-    else:
-        surrogate = clipped_surrogate(
-            batch.logprobs,
-            batch.old,
-            batch.advantages,
-            mask,
-            epsilon=rl.epsilon,
-            epsilon_high=rl.epsilon_high,
-            level=level,
-        )
-    loss = surrogate.loss * _correction(rl, batch, tally)
-    if batch.reference is not None:
-        kl = kl_estimate(batch.logprobs, batch.reference, rl.kl_estimator)
-        loss = loss + rl.beta * kl
-        tally.mean("kl", kl if rl.kl_estimator == "k3" else kl_estimate(batch.logprobs, batch.reference), mask)
-    if rl.entropy_bonus:
-        loss = loss - rl.entropy_bonus * batch.entropies
-    tally.mean("entropy", batch.entropies, mask)
+    mask = batch.mask
+    correction = _correction(rl, batch, tally)
+    extra = _regularisers(rl, batch, tally)
+    tally.mean("update_kl", kl_estimate(batch.old, batch.logprobs.detach()), mask)
+    if rl.algorithm == "kimi":
+        loss = mirror_descent(batch.logprobs, batch.old, batch.advantages, mask, tau=tau, weights=correction)
+        return (loss + (extra * mask).sum(-1, keepdim=True)).sum() / batch.sequences
+    surrogate = _surrogate(rl, batch)
     tally.mean("clip_ratio", surrogate.clipped.float(), mask)
+    loss = (surrogate.loss * correction + extra).expand_as(batch.logprobs)
     tokens = float(mask.sum()) * batch.sequences / len(mask) if rl.loss_type == "bnpo" else batch.tokens
     return aggregate(
-        loss.expand_as(batch.logprobs),
+        loss,
         mask,
         NORMALISATION[rl.loss_type],
         sequences=batch.sequences,
         tokens=tokens,
         max_length=rl.max_completion_length,
     )
+
+
+def critic_loss(rl: RLConfig, batch: MicroBatch, tally: Tally) -> Tensor:
+    """The micro-batch's share of the value loss in its optimizer step: the mean over tokens, a scalar."""
+    graded = batch.mask * ~batch.returns.isnan()
+    returns = batch.returns.nan_to_num(0.0)
+    loss = value_loss(batch.values, batch.old_values, returns, clip=rl.critic.value_clip)
+    tally.mean("value_loss", loss, graded)
+    return (loss * graded).sum() / max(batch.tokens, 1)
+
+
+def _surrogate(rl: RLConfig, batch: MicroBatch) -> Surrogate:
+    level = rl.importance_sampling_level
+    given = (batch.logprobs, batch.old, batch.advantages, batch.mask)
+    if rl.loss_type == "cispo":
+        return cispo(*given, weight_cap=rl.epsilon_high, level=level)
+    return clipped_surrogate(*given, epsilon=rl.epsilon, epsilon_high=rl.epsilon_high, level=level)
+
+
+def _regularisers(rl: RLConfig, batch: MicroBatch, tally: Tally) -> Tensor:
+    """beta * KL - entropy_bonus * H of each token [B, T], as far as the job has them in its loss."""
+    mask, extra = batch.mask, torch.zeros_like(batch.logprobs)
+    tally.mean("entropy", batch.entropies, mask)
+    if batch.reference is not None:
+        kl = kl_estimate(batch.logprobs, batch.reference, rl.kl_estimator)
+        tally.mean("kl", kl if rl.kl_estimator == "k3" else kl_estimate(batch.logprobs, batch.reference), mask)
+        if rl.kl_in == "loss":
+            extra = extra + rl.beta * kl
+    return extra - rl.entropy_bonus * batch.entropies if rl.entropy_bonus else extra
 
 
 def _correction(rl: RLConfig, batch: MicroBatch, tally: Tally) -> Tensor:
@@ -120,7 +165,8 @@ def _correction(rl: RLConfig, batch: MicroBatch, tally: Tally) -> Tensor:
     tally.max("logp_gap_max", gap.abs(), inside)
     tally.mean("engine_kl", kl_estimate(batch.sampler.double(), batch.old.double()).nan_to_num(nan=0.0), inside)
     mode = "token_truncate" if rl.importance_sampling == "none" else rl.importance_sampling
-    weights = correction_weights(batch.old, batch.sampler, batch.mask, mode, cap=rl.importance_sampling_cap)
+    limits = {"cap": rl.importance_sampling_cap, "floor": rl.importance_sampling_floor}
+    weights = correction_weights(batch.old, batch.sampler, batch.mask, mode, **limits)
     weighed = batch.mask if weights.shape == batch.mask.shape else torch.ones_like(weights)
     tally.mean("is_ratio_mean", weights, batch.mask)
     tally.mean("is_ess", effective_sample_size(weights, weighed).view(1, 1), batch.mask)

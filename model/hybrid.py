@@ -5,11 +5,13 @@ tokens and one code path serves padded and packed input. Only generation with a 
 """
 
 import math
+from collections.abc import Callable, Collection
+from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -17,26 +19,10 @@ from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
 from deltarl.kernels import causal_conv1d, gated_rms_norm, gdn_chunk, gdn_recurrent, kda_chunk, kda_recurrent
 from deltarl.model.config import LINEAR, HybridConfig
+from deltarl.model.packed import Packing
 
 FP32_ALWAYS = ("A_log", "dt_bias")
-
-
-class Packing:
-    """Sequences laid end to end in one row [1, T, ...], and the same as right-padded rows [N, longest, ...]."""
-
-    def __init__(self, lengths: list[int], device: torch.device):
-        self.count, self.longest = len(lengths), max(lengths)
-        self.cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        place = torch.arange(self.longest).lt(torch.tensor(lengths).unsqueeze(1)).flatten().nonzero().squeeze(1)
-        self.place = place.to(device)
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-
-    def to_rows(self, x: Tensor) -> Tensor:
-        rows = x.new_zeros(self.count * self.longest, *x.shape[2:])
-        return rows.index_copy(0, self.place, x[0]).unflatten(0, (self.count, self.longest))
-
-    def to_packed(self, rows: Tensor) -> Tensor:
-        return rows.flatten(0, 1)[self.place].unsqueeze(0)
+RECOMPUTABLE = {"linear", "mla", "ffn"}
 
 
 class ForgetGate(kimi.KimiLinearForgetGate):
@@ -165,8 +151,8 @@ class LatentAttention(kimi.KimiLinearAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D] -> ([B, T, D], weights or None); packed sequences attend within themselves only.
 
-        Packed sequences are attended as right-padded rows under a causal mask, whatever attention implementation the
-        configuration names for the rest.
+        Packed sequences are attended by `Packing.attend`, whatever attention implementation the configuration names for
+        the rest.
         """
         project = self.q_proj if self.q_lora_rank is None else self._low_rank_query
         q = project(hidden_states).unflatten(-1, (-1, self.qk_head_dim))
@@ -188,9 +174,8 @@ class LatentAttention(kimi.KimiLinearAttention):
                 self, q.transpose(1, 2), k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
             return self.o_proj(o.flatten(-2)), weights
-        q, k, v = (packing.to_rows(x).transpose(1, 2) for x in (q, k.transpose(1, 2), v.transpose(1, 2)))
-        o = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling)
-        return self.o_proj(packing.to_packed(o.transpose(1, 2)).flatten(-2)), None
+        o = packing.attend(q[0], k[0].transpose(0, 1), v[0].transpose(0, 1), scale=self.scaling, dropout=dropout)
+        return self.o_proj(o.flatten(-2).unsqueeze(0)), None
 
     def _rotated(
         self, q: Tensor, shared_key: Tensor, cache: Cache | None, packing: Packing | None
@@ -219,6 +204,29 @@ class HybridDecoderLayer(kimi.KimiLinearDecoderLayer):
         linear = KimiDeltaAttention if config.linear_attn_kind == "kda" else GatedDeltaNet
         attention = linear if config.layer_types[layer_idx] == LINEAR else LatentAttention
         self.self_attn = attention(config, layer_idx)
+        self.recomputed: frozenset[str] = frozenset()
+        self.draws = bool(config.attention_dropout)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        """hidden_states [B, T, D] -> [B, T, D]; kwargs are the attention's. See `HybridForCausalLM.recompute`."""
+        kind = "linear" if self.block_type == LINEAR else "mla"
+        hidden_states = hidden_states + self._run(kind, self._attend, hidden_states, **kwargs)
+        return hidden_states + self._run("ffn", self._transform, hidden_states)
+
+    def _attend(self, hidden_states: Tensor, past_key_values: Cache | None = None, **kwargs) -> Tensor:
+        x = self.input_layernorm(hidden_states)
+        if self.block_type == LINEAR:
+            return self.self_attn(x, cache_params=past_key_values, **kwargs)
+        return self.self_attn(x, past_key_values=past_key_values, **kwargs)[0]
+
+    def _transform(self, hidden_states: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def _run(self, kind: str, part: Callable[..., Tensor], hidden_states: Tensor, **kwargs) -> Tensor:
+        if kind not in self.recomputed or not torch.is_grad_enabled():
+            return part(hidden_states, **kwargs)
+        again = partial(part, **kwargs)
+        return checkpoint(again, hidden_states, use_reentrant=False, preserve_rng_state=self.draws)
 
 
 class HybridPreTrainedModel(kimi.KimiLinearPreTrainedModel):
@@ -319,3 +327,15 @@ class HybridForCausalLM(HybridPreTrainedModel, kimi.KimiLinearForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def recompute(self, kinds: Collection[str]) -> None:
+        """In training, keep only the input of these parts of every layer and compute them again in the backward pass.
+
+        kinds: of "linear" (KDA or GDN), "mla" and "ffn"; each with the norm before it. Raises ValueError for others.
+        """
+        if unknown := set(kinds) - RECOMPUTABLE:
+            raise ValueError(
+                f"cannot recompute {', '.join(sorted(unknown))}: known are {', '.join(sorted(RECOMPUTABLE))}"
+            )
+        for layer in self.model.layers:
+            layer.recomputed = frozenset(kinds)

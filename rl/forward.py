@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from trl.kernels import ChunkedLogProbFunction
 
 from deltarl.model import HybridForCausalLM
+from deltarl.model.packed import IMPLEMENTATION, Packing, enable_packing
 from deltarl.rl.packing import Pack
 
 VOCABULARY_TILE = 32768
@@ -31,7 +33,9 @@ class Scored:
 def enable_scoring(model: nn.Module) -> None:
     """Give a causal LM's forward the argument `score`, for `packed_logprobs`.
 
-    It goes through `forward` so that the wrappers of data-parallel and sharded training see the call.
+    It goes through `forward` so that the wrappers of data-parallel and sharded training see the call. Says so where a
+    model cannot be packed exactly: its sequences are then padded. Raises ValueError for a model whose logits are not
+    those of its output embeddings.
     """
     plain = model.forward
 
@@ -39,6 +43,21 @@ def enable_scoring(model: nn.Module) -> None:
         return plain(*args, **inputs) if score is None else _score(self, score, inputs)
 
     model.forward = types.MethodType(forward, model)
+    if isinstance(model, HybridForCausalLM):
+        return
+    if not enable_packing(model):
+        print(f"{type(model).__name__} cannot be packed exactly: its sequences are padded", file=sys.stderr)
+    _check_head(model)
+
+
+@torch.no_grad()
+def _check_head(model: nn.Module) -> None:
+    """Compare the logprobs of a few tokens with those of the model's own logits."""
+    ids = torch.arange(8, device=model.device).add(3).remainder(model.config.vocab_size)
+    pack = Pack([0], ids, [8], [7], torch.arange(7, device=model.device))
+    expected = model(ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
+    if (packed_logprobs(model, pack).logprobs - expected).abs().max() > 0.02 * expected.abs().max():
+        raise ValueError(f"{type(model).__name__} computes its logits in a way of its own, which is not implemented")
 
 
 def packed_logprobs(
@@ -62,14 +81,17 @@ def packed_states(model: nn.Module, pack: Pack) -> Tensor:
 
 def _inputs(model: nn.Module, pack: Pack) -> tuple[dict[str, Any], Tensor]:
     """What a model reads of a pack, and where in its output the token before each completion token stands."""
-    rows = torch.arange(max(pack.lengths)) < torch.tensor(pack.lengths).unsqueeze(1)
-    if isinstance(unwrapped(model), HybridForCausalLM):
+    plain, ids = unwrapped(model), pack.ids.unsqueeze(0)
+    if isinstance(plain, HybridForCausalLM):
         cu_seqlens = torch.tensor([0, *pack.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return {"input_ids": pack.ids.unsqueeze(0), "cu_seqlens": cu_seqlens}, pack.before
-    mask = rows.to(pack.ids.device)
+        return {"input_ids": ids, "cu_seqlens": cu_seqlens}, pack.before
+    if plain.config._attn_implementation == IMPLEMENTATION:
+        packing = Packing(pack.lengths, ids.device)
+        return {"input_ids": ids, "position_ids": packing.positions.unsqueeze(0), "packing": packing}, pack.before
+    mask = torch.arange(max(pack.lengths)).lt(torch.tensor(pack.lengths).unsqueeze(1)).to(ids.device)
     place = mask.flatten().nonzero().squeeze(1)
-    ids = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, pack.ids)
-    return {"input_ids": ids, "attention_mask": mask.long()}, place[pack.before]
+    rows = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, pack.ids)
+    return {"input_ids": rows, "attention_mask": mask.long()}, place[pack.before]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -91,7 +113,7 @@ def _score(
         targets,
         temperature,
         min(VOCABULARY_TILE, len(head.weight)),
-        None,
+        getattr(model.config, "final_logit_softcapping", None),
         1.0,
         ("log_probs", "entropy") if entropy else ("log_probs",),
     )

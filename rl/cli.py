@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deltarl import __version__
 from deltarl.rl import bench
-from deltarl.rl.errors import UserError
+from deltarl.rl.errors import Diverged, UserError
 from deltarl.rl.interrupt import Interrupted
 
 EXAMPLES = """examples:
@@ -21,13 +21,16 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 when it did what was asked, 2 for input that cannot be used, 130 after Ctrl-C."""
+    """Run one command; 0: it did what was asked, 2: input that cannot be used, 3: a run diverged, 130: Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args) or 0
     except UserError as error:
         print(f"deltarl: error: {error}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        print(f"deltarl: {error}", file=sys.stderr)
+        return 3
     except Interrupted as stopped:
         print(f"deltarl: {stopped}", file=sys.stderr)
         return 130

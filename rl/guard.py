@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from deltarl.rl.sharding import gathered, whole
 
 
-class Diverged(Exception):
-    """The run was stopped because nothing finite came out of its steps any more; the message is one line."""
-
-
 class Guard:
     """Looks at the gradients of each optimizer step before it is taken.
 

@@ -50,7 +50,10 @@ class RunFolder:
         return cls(path, job)
 
     def checkpoint(self, step: int, stage: str = "rl") -> Path:
-        """Where the checkpoint of a step lies: checkpoints/<step>, or sft/checkpoints/<step>."""
+        """Where the checkpoint of a step lies: checkpoints/<step>, or <stage>/checkpoints/<step>.
+
+        Stage "sft" is the warm-up; stage "window" has those inside an RL step, by the number of optimizer steps.
+        """
         return (self.path if stage == "rl" else self.path / stage) / "checkpoints" / str(step)
 
     def steps(self, stage: str = "rl") -> list[int]:
@@ -95,7 +98,8 @@ class RunFolder:
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(folder, aside)
                 before = self.latest(stage)
-                goes_on = "from the start" if before is None else f"with checkpoint {before}"
+                start = "the start of the RL step" if stage == "window" else "the start"
+                goes_on = f"from {start}" if before is None else f"with checkpoint {before}"
                 lines.append(f"checkpoint {step} is damaged ({damage}): going on {goes_on}")
                 self.event("damaged_checkpoint", step, lines[-1])
         return lines
@@ -106,11 +110,12 @@ class RunFolder:
         return {row["step"]: row["accuracy"] for row in rows if row["kind"] == "eval" and row["stage"] == "during"}
 
     def prune(self, stage: str = "rl") -> None:
-        """Remove the checkpoints that the job's settings do not keep."""
+        """Remove the checkpoints that the job's settings do not keep, and those inside RL steps that are complete."""
         rl = self.job.rl
         if stage == "sft":
             kept = kept_steps(self.steps(stage), last=2)
         else:
+            shutil.rmtree(self.path / "window", ignore_errors=True)
             kept = kept_steps(
                 self.steps(), last=rl.keep_checkpoints, best=rl.keep_best, every=rl.keep_every, scores=self.accuracies()
             )

@@ -106,6 +106,21 @@ class RolloutConfig(Section):
     max_model_len: int = Field(256, ge=8, description="tokens of prompt and response together")
     max_num_seqs: int = Field(256, ge=1)
     gpu_memory_utilization: float = Field(0.2, gt=0, lt=1)
+    placement: Literal["colocated", "process"] = Field(
+        "colocated", description="the engine in the learner's process, or in one of its own that is replaced when lost"
+    )
+    gpu: int | None = Field(None, ge=0, description="the card of placement process; null: the learner's")
+    hang_seconds: float = Field(120.0, gt=0, description="placement process: an engine silent for so long is replaced")
+    max_restarts: int = Field(3, ge=0, description="placement process: engines that a run may start after the first")
+    sleep: bool = Field(False, description="the engine gives its memory to the learner while that learns; on a GPU")
+
+    @model_validator(mode="after")
+    def _placement_fits(self) -> RolloutConfig:
+        if self.engine == "hf" and (self.sleep or self.placement == "process"):
+            raise ValueError("engine = hf has neither placement = process nor sleep: use engine = vllm")
+        if self.gpu is not None and self.placement == "colocated":
+            raise ValueError(f"gpu = {self.gpu} needs placement = process: a colocated engine has the learner's card")
+        return self
 
 
 class RLConfig(Section):

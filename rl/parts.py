@@ -104,6 +104,11 @@ def open_engine(job: Job, path: str) -> RolloutWorker:
             max_num_seqs=rollout.max_num_seqs,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             seed=job.seed,
+            placement=rollout.placement,
+            gpu=rollout.gpu,
+            hang_seconds=rollout.hang_seconds,
+            max_restarts=rollout.max_restarts,
+            sleep=rollout.sleep,
         )
     except ValueError as error:
         raise UserError(f"rollout: {error}") from error

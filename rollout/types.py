@@ -124,10 +124,14 @@ class RolloutWorker(abc.ABC):
     a time.
 
     max_model_len: prompt and completion tokens of a sequence at most. version: of the weights served (0: the folder's).
+    weights: the weights that the engine should have now, as `sync_weights` takes them, for an engine that replaces a
+    lost one; to be set by whoever has them. on_restart: told in one line when that has happened.
     """
 
     max_model_len: int
     version: int = 0
+    weights: Callable[[], tuple[Iterable[tuple[str, torch.Tensor]], int]] | None = None
+    on_restart: Callable[[str], None] | None = None
 
     def generate(
         self,

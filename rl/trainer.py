@@ -186,6 +186,9 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         set_seed(int(np.random.SeedSequence([self.job.seed, self.rl_step, 1]).generate_state(1)[0]))
         self.sync_engine()
         batch = self.collector.collect(self.rl_step)
+        if self.job.rollout.sleep:
+            self.collector.worker.sleep()
+            self._synced_at = None
         self.show("learning")
         began = time.perf_counter()
         lengths = torch.tensor([len(sample.trace.completion_ids) for sample in batch.samples]).unsqueeze(1)
@@ -210,10 +213,13 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         if self._synced_at == self.state.global_step:
             return
         began = time.perf_counter()
-        tensors = policy_tensors(self.accelerator.unwrap_model(self.model))
-        self.collector.worker.sync_weights(tensors, version=self.rl_step)
+        self.collector.worker.sync_weights(*self.weights())
         self._synced_at = self.state.global_step
         self._seconds["sync"] += time.perf_counter() - began
+
+    def weights(self) -> tuple[Iterable[tuple[str, Tensor]], int]:
+        """The tensors that the engine should have now, and their version."""
+        return policy_tensors(self.accelerator.unwrap_model(self.model)), self.rl_step
 
     def _minibatch(self, update: int) -> list[int]:
         """The traces of an update of the RL step: every iteration over the batch has an order of its own."""

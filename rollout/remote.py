@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -15,9 +15,6 @@ from deltarl.rollout.types import Request, RolloutWorker, SyncReport, Trace, Wei
 
 LOOK_SECONDS = 1.0
 
-Weights = Callable[[], tuple[Iterable[tuple[str, torch.Tensor]], int]]
-"""The weights that an engine should have now, as `sync_weights` takes them: named tensors and their version."""
-
 
 class RemoteWorker(RolloutWorker):
     """A `RolloutWorker` whose engine is a process; arguments are `make_worker`'s, `options` go to VllmWorker there.
@@ -28,9 +25,8 @@ class RemoteWorker(RolloutWorker):
     twice, for of a request that has not ended nobody has seen a token. Equal seeds give equal tokens: as long as the
     weights are the same, a completion is the one that it would have been.
 
-    weights: where a new process gets the current weights from; to be set by whoever has them. Left None, `sync_weights`
-    must be called after a loss, and calls before it raise WeightSyncError, unless no weights were synced before: then
-    they are the folder's. on_restart: called with one line when an engine was replaced.
+    A new process gets its weights from `weights`. Where that is None, `sync_weights` must be called after a loss, and
+    calls before it raise WeightSyncError, unless no weights were synced before: then they are the folder's.
 
     While the engine sleeps, one that was lost is replaced only when it is wanted, so as not to take memory.
     """
@@ -49,8 +45,6 @@ class RemoteWorker(RolloutWorker):
         read_config(model_path)
         self.max_model_len = max_model_len
         self.end_tokens = end_tokens(model_path)
-        self.weights: Weights | None = None
-        self.on_restart: Callable[[str], None] = lambda line: None
         self.broken: str | None = None
         self.asleep = False
         self.synced = False
@@ -170,10 +164,11 @@ class RemoteWorker(RolloutWorker):
     def _resubmit(self, generation: int) -> None:
         count = self.unfinished - len(self.engine.ended)
         self.engine.resubmit(generation)
-        self.on_restart(
-            f"engine lost ({self.engine.losses[-1]}) and started again with the weights of version {self.version}; "
-            f"{count} requests drawn again"
-        )
+        if self.on_restart is not None:
+            self.on_restart(
+                f"engine lost ({self.engine.losses[-1]}) and started again with the weights of version {self.version}; "
+                f"{count} requests drawn again"
+            )
 
     def _want(self) -> None:
         """Wait for an engine; one that was lost in its sleep is replaced now."""

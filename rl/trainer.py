@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -188,7 +188,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         batch = self.collector.collect(self.rl_step)
         if self.job.rollout.sleep:
             self.collector.worker.sleep()
-            self._synced_at = None
+            self._synced_at = -1
         self.show("learning")
         began = time.perf_counter()
         lengths = torch.tensor([len(sample.trace.completion_ids) for sample in batch.samples]).unsqueeze(1)

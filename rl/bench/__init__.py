@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from deltarl.rl.bench import kernels, rollout
+from deltarl.rl.bench import kernels, learner, rollout
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,6 +14,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     bench = benches.add_parser("kernels", help="the operators of linear attention")
     kernels.add_options(bench)
     bench.set_defaults(run=kernels.run)
+
+    bench = benches.add_parser("learner", help="an optimizer step over traces of different lengths, packed and padded")
+    learner.add_options(bench)
+    bench.set_defaults(run=learner.run)
 
     bench = benches.add_parser("rollout", help="decode speed of the engine at short and long contexts")
     rollout.add_options(bench)

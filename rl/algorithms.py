@@ -36,7 +36,7 @@ class Scores:
 class Algorithm:
     """GRPO, PPO or Kimi's recipe, as `rl` says. One object goes through a run; its state belongs into checkpoints.
 
-    critic: PPO's, already on its device.
+    critic: PPO's.
     """
 
     def __init__(self, rl: RLConfig, critic: Critic | None = None) -> None:
@@ -44,6 +44,11 @@ class Algorithm:
         kimi = rl.kimi
         self.tau = None if kimi is None else AdaptiveKL(kimi.tau, kimi.target_kl or 0.0)
         self._measured: dict[str, float] = {}
+
+    def to(self, device: torch.device) -> None:
+        """Move what has weights there."""
+        if self.critic is not None:
+            self.critic.to(device)
 
     @property
     def needs_old(self) -> bool:
@@ -86,12 +91,11 @@ class Algorithm:
 
     def loss(self, batch: MicroBatch, step: int, tally: Tally) -> Tensor:
         """The micro-batch's share of everything that learns from traces in the RL step after `step` completed ones."""
-        loss = torch.zeros((), device=batch.logprobs.device)
-        if self.learns_policy(step):
-            loss = loss + policy_loss(self.rl, batch, tally, tau=None if self.tau is None else self.tau.coefficient)
-        if self.critic is not None:
-            loss = loss + critic_loss(self.rl, batch, tally)
-        return loss
+        loss = policy_loss(self.rl, batch, tally, tau=None if self.tau is None else self.tau.coefficient)
+        if self.critic is None:
+            return loss
+        values = critic_loss(self.rl, batch, tally)
+        return loss + values if self.learns_policy(step) else values
 
     def after_update(self, average: Callable[[Tensor, str], Tensor]) -> None:
         """The critic's own optimizer step; average(tensor, "mean") is over the processes of the run."""
@@ -107,14 +111,20 @@ class Algorithm:
         return self._measured
 
     def state_dict(self) -> dict[str, Any]:
-        """The critic and what has been adapted."""
-        parts = {"tau": self.tau, "critic": self.critic}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        """The critic, what has been adapted, and what was measured in a step that has begun."""
+        return {
+            "measured": dict(self._measured),
+            "tau": None if self.tau is None else self.tau.state_dict(),
+            "critic": None if self.critic is None else self.critic.learned(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state` was taken."""
-        for name, saved in state.items():
-            getattr(self, name).load_state_dict(saved)
+        self._measured = dict(state["measured"])
+        if self.tau is not None:
+            self.tau.load_state_dict(state["tau"])
+        if self.critic is not None:
+            self.critic.go_on(state["critic"])
 
     def _rewards(self, batch: Batch, step: int) -> Tensor:
         kimi = self.rl.kimi

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from deltarl.rewards import VerifierHost
 from deltarl.rl.batch import Batch, Sample
+from deltarl.rl.curriculum import ProblemSource, report_successes
 from deltarl.rl.evaluate import stop_token_ids
 from deltarl.rl.grading import verifier_items
-from deltarl.rl.interrupt import StopRequest
+from deltarl.rl.interrupt import Interrupted, StopRequest
 from deltarl.rl.jobs import Job
-from deltarl.rl.problems import Problem, user_messages
+from deltarl.rl.problems import user_messages
 from deltarl.rl.prompts import render_prompts
 from deltarl.rollout import RolloutWorker, Sampling
-
-
-def problem_order(count: int, needed: int, seed: int) -> list[int]:
-    """Which problem each prompt of a run is about: all `count` of them reshuffled each pass, by seed.
-
-    It depends on seed and count only, so two arms see the same data and a resumed run its own place.
-    """
-    order: list[int] = []
-    while len(order) < needed:
-        order += np.random.default_rng([seed, len(order) // count]).permutation(count).tolist()
-    return order[:needed]
 
 
 class Collector:
@@ -41,18 +31,16 @@ class Collector:
         self,
         *,
         job: Job,
-        problems: Sequence[Problem],
+        source: ProblemSource,
         tokenizer: Any,
         worker: RolloutWorker,
         host: VerifierHost,
         stop: StopRequest,
     ) -> None:
-        self.job, self.problems, self.tokenizer = job, problems, tokenizer
+        self.job, self.source, self.tokenizer = job, source, tokenizer
         self.worker, self.host, self.stop = worker, host, stop
         self.seconds: Counter[str] = Counter()
         self.say: Callable[[str], None] = lambda text: None
-        self.drawn = 0
-        self.order = problem_order(len(problems), job.rl.steps * job.rl.prompts_per_step, job.seed)
         self.sampling = Sampling(
             temperature=job.rl.temperature,
             top_p=job.rl.top_p,
@@ -64,20 +52,25 @@ class Collector:
         """The batch of the RL step that follows `step` completed ones. Raises Interrupted: it can be asked again."""
         rl = self.job.rl
         began = time.perf_counter()
-        indices = self.order[self.drawn : self.drawn + rl.prompts_per_step]
-        problems = [self.problems[index] for index in indices for _ in range(rl.num_generations)]
+        state = self.source.state_dict()
+        chosen = self.source.next_problems(rl.prompts_per_step)
+        problems = [problem for problem in chosen for _ in range(rl.num_generations)]
         prompts = render_prompts(self.tokenizer, [user_messages(p, self.job.data.instruction) for p in problems])
         seeds = np.random.SeedSequence([self.job.seed, step]).generate_state(len(prompts)).tolist()
-        traces = self.worker.generate(prompts, self.sampling, seeds=seeds, progress=self._progress)
+        try:
+            traces = self.worker.generate(prompts, self.sampling, seeds=seeds, progress=self._progress)
+        except Interrupted:
+            self.source.load_state_dict(state)
+            raise
         generated = time.perf_counter()
         self.seconds["generate"] += generated - began
         self.say(f"verifying {len(traces)}")
         texts = self.tokenizer.batch_decode([trace.completion_ids for trace in traces], skip_special_tokens=True)
         verdicts = self.host.verify(verifier_items(problems, texts, traces, rl.num_generations))
         self.seconds["verify"] += time.perf_counter() - generated
-        self.drawn += rl.prompts_per_step
         samples = [Sample(*parts) for parts in zip(problems, traces, texts, verdicts, strict=True)]
-        return Batch(samples, rl.num_generations)
+        report_successes(self.source, samples)
+        return Batch(samples, rl.num_generations, self.source.measure())
 
     def _progress(self, done: int, total: int, tokens: int) -> None:
         self.stop.check()
@@ -85,8 +78,8 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on where this one stands."""
-        return {"drawn": self.drawn}
+        return {"problems": self.source.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the collector that gave `state` stood."""
-        self.drawn = state["drawn"]
+        self.source.load_state_dict(state["problems"])

@@ -17,25 +17,24 @@ from deltarl.rl.forward import packed_states
 from deltarl.rl.packing import Pack
 
 
-class Critic:
+class Critic(nn.Module):
     """V(s_t) = w . h_t + b in float32, with h_t the last hidden state before completion token t; V = 0 at first.
 
     kind "head": h_t is the policy's own; the value loss reaches the policy's weights times `trunk_gradient`. "model":
     h_t is that of `trunk`, a causal LM that learns with the head, and whose own output layer goes.
     """
 
-    def __init__(self, settings: CriticConfig, width: int, device: torch.device, trunk: Any = None) -> None:
+    def __init__(self, settings: CriticConfig, width: int, trunk: Any = None) -> None:
+        super().__init__()
         self.settings, self.trunk = settings, trunk
-        head = nn.Linear(width, 1)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        self.head = head
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         if trunk is not None:
             trunk.set_output_embeddings(nn.Identity())
-        self.module = nn.ModuleList([head] if trunk is None else [head, trunk]).to(device)
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=settings.learning_rate, weight_decay=0.0)
 
-    def __call__(self, pack: Pack, states: Tensor) -> Tensor:
+    def forward(self, pack: Pack, states: Tensor) -> Tensor:
         """Values [S] of the completion tokens of a pack; states [S, D]: the policy's before each of them."""
         if self.trunk is not None:
             states = packed_states(self.trunk, pack)
@@ -50,7 +49,7 @@ class Critic:
 
         average(gradient, "mean"): over the processes of the run.
         """
-        given = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        given = [parameter for parameter in self.parameters() if parameter.grad is not None]
         for parameter in given:
             parameter.grad = average(parameter.grad, "mean")
         norm = nn.utils.clip_grad_norm_(given, max_grad_norm)
@@ -59,11 +58,11 @@ class Critic:
         self.optimizer.zero_grad()
         return norm.item()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer."""
-        return {"weights": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def learned(self) -> dict[str, Any]:
+        """Weights and optimizer's state, for a checkpoint."""
+        return {"weights": self.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`. Raises RuntimeError for a critic of another kind or width."""
-        self.module.load_state_dict(state["weights"])
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Go on from what `learned` gave. Raises RuntimeError for a critic of another kind or width."""
+        self.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -18,9 +18,7 @@ class LoraConfig(Section):
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0, description="what the adapters add is scaled by alpha / rank")
-    targets: list[str] | None = Field(
-        None, min_length=1, description="linear layers, as q_proj; null: all of them"
-    )
+    targets: list[str] | None = Field(None, min_length=1, description="linear layers, as q_proj; null: all of them")
 
 
 class ModelConfig(Section):
@@ -48,6 +46,10 @@ class DataConfig(Section):
     question_field: str | None = None
     gold_field: str | None = None
     max_bad_gold: float = Field(0.01, ge=0, le=1, description="share of golds that may fail to parse")
+    pass_rates: str | None = Field(None, description="a table that `deltarl difficulty` wrote")
+    pass_band: list[float] | None = Field(
+        None, min_length=2, max_length=2, description="[low, high]: train on problems whose pass rate lies in it"
+    )
 
     @field_validator("instruction")
     @classmethod
@@ -55,6 +57,15 @@ class DataConfig(Section):
         if "{question}" not in value:
             raise ValueError("must contain {question}")
         return value
+
+    @model_validator(mode="after")
+    def _band_has_its_table(self) -> DataConfig:
+        if self.pass_band is not None:
+            if self.pass_rates is None:
+                raise ValueError("pass_band needs pass_rates, the table that `deltarl difficulty` writes")
+            if not 0 <= self.pass_band[0] <= self.pass_band[1] <= 1:
+                raise ValueError(f"pass_band = {self.pass_band} must be [low, high] with 0 <= low <= high <= 1")
+        return self
 
 
 class SFTSource(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,10 @@ from tqdm import tqdm
 
 from deltarl.model import build_model, load_model
 from deltarl.rewards import VerifierHost, VerifierLoadError, VerifierSpec
+from deltarl.rl.algorithms import Algorithm
+from deltarl.rl.critic import Critic
+from deltarl.rl.curriculum import Curriculum, InTurn, ProblemSource
+from deltarl.rl.difficulty import in_band, read_pass_rates
 from deltarl.rl.errors import UserError
 from deltarl.rl.jobs import Job
 from deltarl.rl.problems import Problem, drop_bad_golds, first_gold, load_problems
@@ -21,10 +26,11 @@ TOKENIZER_ROWS = 4000
 
 
 class Problems(NamedTuple):
-    """The problems of a run, graded against by a verifier that can parse all their golds."""
+    """The problems of a run, whose golds its verifier can all parse; pass rates by id, where they are known."""
 
     train: list[Problem]
     heldout: list[Problem]
+    pass_rates: dict[str, float]
 
 
 def open_host(job: Job) -> VerifierHost:
@@ -42,7 +48,8 @@ def open_host(job: Job) -> VerifierHost:
 
 
 def load_data(job: Job, host: VerifierHost) -> Problems:
-    """Training and held-out problems whose golds the verifier can grade against; what was dropped is printed."""
+    """Training and held-out problems whose golds the verifier can grade against, and of the training ones those in
+    `data.pass_band`; what was dropped is printed."""
     say("building problems")
     loaded = load_problems(job.data, job.seed)
     kept = []
@@ -52,7 +59,43 @@ def load_data(job: Job, host: VerifierHost) -> Problems:
             say(f"  left out {problem.id}: gold {first_gold(problem)!r}: {reason}")
         say(f"  {len(good)} {name} problems" + (f", {len(bad)} left out: their golds do not parse" if bad else ""))
         kept.append(good)
-    return Problems(*kept)
+    train, heldout = kept
+    rates = {} if job.data.pass_rates is None else read_pass_rates(Path(job.data.pass_rates))
+    if job.data.pass_band is not None:
+        train = in_band(train, rates, job.data.pass_band)
+        say(f"  {len(train)} of {len(kept[0])} training problems have a pass rate in {job.data.pass_band}")
+    return Problems(train, heldout, rates)
+
+
+def open_source(job: Job, problems: Problems) -> ProblemSource:
+    """What gives the training problems, in the order that the job asks for."""
+    settings = job.rl.curriculum
+    if settings is None:
+        return InTurn(problems.train, seed=job.seed)
+    return Curriculum(
+        problems.train,
+        settings,
+        seed=job.seed,
+        prompts_per_step=job.rl.prompts_per_step,
+        pass_rates=problems.pass_rates,
+    )
+
+
+def open_algorithm(job: Job, model: Any, start: str) -> Algorithm:
+    """The job's algorithm for a policy that RL starts at `start`, with the critic if it has one."""
+    settings = job.rl.critic
+    if settings is None:
+        return Algorithm(job.rl)
+    trunk = None
+    if settings.kind == "model":
+        trunk, _ = open_model(settings.path or start)
+        vocabulary, read = (m.get_input_embeddings().num_embeddings for m in (model, trunk))
+        if vocabulary != read:
+            raise UserError(f"rl.critic.path has {read} tokens and the policy {vocabulary}: both need one vocabulary")
+        if job.rl.gradient_checkpointing:
+            trunk.gradient_checkpointing_enable()
+    width = (trunk or model).get_output_embeddings().weight.shape[1]
+    return Algorithm(job.rl, Critic(settings, width, trunk))
 
 
 def new_policy(job: Job, problems: list[Problem]) -> tuple[Any, Any]:

@@ -17,14 +17,26 @@ from deltarl.rewards import VerifierHost
 from deltarl.rl.adapters import ADAPTER_FOLDER, add_adapters, load_adapters
 from deltarl.rl.checkpointing import publish_policy
 from deltarl.rl.collect import Collector
-from deltarl.rl.errors import UserError
+from deltarl.rl.errors import Diverged, UserError
 from deltarl.rl.evaluate import evaluate
 from deltarl.rl.interrupt import Interrupted, StopRequest
 from deltarl.rl.jobs import Job, load_job
 from deltarl.rl.metrics import read_metrics
 from deltarl.rl.optimizers import group_table, parameter_groups
-from deltarl.rl.parts import Problems, check_engine, load_data, new_policy, open_engine, open_host, open_model, say
+from deltarl.rl.parts import (
+    Problems,
+    check_engine,
+    load_data,
+    new_policy,
+    open_algorithm,
+    open_engine,
+    open_host,
+    open_model,
+    open_source,
+    say,
+)
 from deltarl.rl.prompts import check_prompt_lengths
+from deltarl.rl.ptx import PTXStream
 from deltarl.rl.report import write_report
 from deltarl.rl.runfolder import RunFolder, kept_steps
 from deltarl.rl.sft import warm_up
@@ -46,7 +58,7 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
     check_engine(job)
     with StopRequest() as stop, open_host(job) as host:
         data = load_data(job, host)
-        for stage in ("sft", "rl"):
+        for stage in ("sft", "rl", "window"):
             for line in resume.set_aside_damaged(stage) if resume is not None else ():
                 say(line)
         policy = opening_policy(job, resume, data)
@@ -58,6 +70,8 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
             if not sft_only:
                 del policy
                 reinforce(job, folder, data, host, start, stop)
+        except Diverged as error:
+            raise Diverged(f"{error}; {last_good(folder)}") from None
         except EngineError as error:
             raise UserError(f"{error}; go on with: deltarl train --resume {folder.path}") from error
         except Interrupted:
@@ -116,17 +130,19 @@ def warmed_up(job: Job, folder: RunFolder, data: Problems, policy: Policy, stop:
 
 def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, start: str, stop: StopRequest) -> None:
     """RL from `start`, or from the run's last checkpoint, with held-out evaluations on the way."""
-    first = folder.latest() or 0
+    updates, checkpoint = resume_point(folder, updates_per_step(job))
+    first = updates // updates_per_step(job)
     folder.metrics.truncate_after("rl", first)
-    if first:
-        folder.event("resumed", first)
-    path = str(folder.checkpoint(first)) if first else start
+    if checkpoint is not None:
+        folder.event("resumed", first, f"after {updates} optimizer steps")
+    path = start if checkpoint is None else str(checkpoint)
     say("starting the rollout engine")
     worker = open_engine(job, path)
     try:
-        model, tokenizer = open_learner(job, start, folder.checkpoint(first) if first else None)
+        model, tokenizer = open_learner(job, start, checkpoint)
         say(group_table(parameter_groups(model), job.rl))
-        collector = Collector(job=job, problems=data.train, tokenizer=tokenizer, worker=worker, host=host, stop=stop)
+        source = open_source(job, data)
+        collector = Collector(job=job, source=source, tokenizer=tokenizer, worker=worker, host=host, stop=stop)
         trainer = RLTrainer(
             model=model,
             tokenizer=tokenizer,
@@ -134,19 +150,40 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
             collector=collector,
             run=folder,
             reference=open_model(start)[0] if job.rl.beta > 0 else None,
+            algorithm=open_algorithm(job, model, start),
+            ptx=PTXStream(job, data.train, tokenizer) if job.rl.ptx is not None else None,
         )
-        trainer.state.global_step = first * updates_per_step(job)
-        if first:
-            trainer.load_parts(folder.checkpoint(first))
+        trainer.state.global_step = updates
+        if checkpoint is not None:
+            trainer.load_parts(checkpoint)
         worker.weights = trainer.weights
         worker.on_restart = lambda line: folder.event("engine restarted", trainer.rl_step, line)
         stage = RLStage(trainer, data, first)
         stage.evaluate_if_due(first)
-        stage.run(path if first else None)
+        stage.run(checkpoint)
         trainer.sync_engine()
         stage.measure(job.rl.steps, "after")
     finally:
         worker.close()
+
+
+def resume_point(folder: RunFolder, updates_per_step: int) -> tuple[int, Path | None]:
+    """How many optimizer steps of RL are done, and the checkpoint that was written then; (0, None) without any.
+
+    A checkpoint inside an RL step, which a stopped run leaves, counts if it is later than those between steps.
+    """
+    between = (folder.latest() or 0) * updates_per_step
+    inside = folder.latest("window") or 0
+    if inside > between:
+        return inside, folder.checkpoint(inside, "window")
+    return between, folder.checkpoint(between // updates_per_step) if between else None
+
+
+def last_good(folder: RunFolder) -> str:
+    """Where a run that diverged can be gone on from."""
+    step = folder.latest()
+    where = "it has no checkpoint" if step is None else f"its last checkpoint is {folder.checkpoint(step)}"
+    return f"{where}; see what was not finite with: deltarl replay {folder.path}"
 
 
 def open_learner(job: Job, start: str, checkpoint: Path | None) -> tuple[Any, Any]:
@@ -172,15 +209,15 @@ class RLStage:
         self.job, self.folder, self.stop = trainer.job, trainer.run, trainer.collector.stop
         trainer.after_step = self.after_step
 
-    def run(self, checkpoint: str | None) -> None:
+    def run(self, checkpoint: Path | None) -> None:
         """Train to the last step. Raises Interrupted when stopped; a checkpoint has been written."""
         steps = self.job.rl.steps
         with tqdm(total=steps, initial=self.first, desc="RL", unit="step") as self.trainer.bar:
             try:
                 if self.first < steps:
-                    self.trainer.train(resume_from_checkpoint=checkpoint)
+                    self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             except Interrupted:
-                self.save(self.trainer.rl_step)
+                self.save_stopped()
                 raise
         self.stop.check()
 
@@ -203,6 +240,14 @@ class RLStage:
         if step > 0 and step not in self.folder.steps():
             self.trainer.write_checkpoint(self.folder.checkpoint(step))
             self.folder.prune()
+
+    def save_stopped(self) -> None:
+        """Write the checkpoint of a run that was stopped before an RL step's batch came, or inside its updates."""
+        trainer, updates = self.trainer, self.trainer.state.global_step
+        if trainer.learning is None:
+            self.save(trainer.rl_step)
+        elif updates not in self.folder.steps("window"):
+            trainer.write_checkpoint(self.folder.checkpoint(updates, "window"))
 
     def evaluate_if_due(self, step: int) -> None:
         """The evaluation before RL, or one of those during it, unless it is on record."""

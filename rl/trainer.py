@@ -26,10 +26,13 @@ from trl import GRPOConfig, GRPOTrainer
 from deltarl.rl.adapters import policy_tensors
 from deltarl.rl.algorithms import Algorithm, Scores
 from deltarl.rl.batch import Batch
+from deltarl.rl.buffered import from_plain, to_plain
 from deltarl.rl.checkpointing import Checkpointing, Stateful
 from deltarl.rl.collect import Collector
 from deltarl.rl.critic import Critic
+from deltarl.rl.errors import Diverged
 from deltarl.rl.forward import enable_scoring, packed_logprobs, unwrapped
+from deltarl.rl.guard import Guard
 from deltarl.rl.jobs import Job
 from deltarl.rl.objective import MicroBatch, Tally
 from deltarl.rl.packing import Pack, make_packs
@@ -37,7 +40,7 @@ from deltarl.rl.ptx import PTXStream
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.targets import Targets
 
-METRIC_NAMES = ("grad_norm", "loss", "learning_rate")
+METRIC_NAMES = ("grad_norm", "learning_rate")
 
 
 def updates_per_step(job: Job) -> int:
@@ -74,7 +77,7 @@ def grpo_config(job: Job, output_dir: str) -> GRPOConfig:
 
 @dataclass(frozen=True)
 class Learning:
-    """The batch that is being learned from, what was computed about it before its first update, and in how many parts."""
+    """The batch that is learned from, what was computed about it before its first update, and in how many parts."""
 
     batch: Batch
     scores: Scores
@@ -86,13 +89,13 @@ class RLTrainer(Checkpointing, GRPOTrainer):
     """Policy optimization on batches of graded traces.
 
     One RL step is: sync weights, collect a batch, and `updates_per_step(job)` optimizer steps. `after_step(step)`, to
-    be set, is called when a step's row has been written and may return True to stop; checkpoints are only meaningful
-    there, between batches of traces.
+    be set, is called when a step's row has been written and may return True to stop.
 
     `reference` anchors the KL, and is given where `rl.beta` is more than 0; `algorithm` is GRPO where none is given;
     `ptx` is the supervised stream of `rl.ptx`.
 
-    Raises `Interrupted` out of `train()` when a stop is requested while the engine generates.
+    Raises out of `train()`: Interrupted when a stop is requested while the engine generates or between two optimizer
+    steps, a checkpoint can be written then; Diverged when `rl.max_skipped` steps in a row were not finite.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         self._step_began = time.perf_counter()
         self._synced_at = -1
         self._tally = Tally()
+        self.guard = Guard(job.rl.max_skipped)
         collector.say = self.show
         super().__init__(
             model=model,
@@ -127,6 +131,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
             processing_class=tokenizer,
         )
         self.remove_callback(PrinterCallback)
+        self.algorithm.to(self.accelerator.device)
         enable_scoring(unwrapped(self.model))
         if reference is not None:
             reference.requires_grad_(False)
@@ -148,6 +153,9 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         update = self.state.global_step % updates_per_step(self.job)
         if update == 0:
             self.learning = self._begin_step(model)
+        else:
+            self.collector.stop.check()
+        before = self._tally.copy()
         loss = torch.zeros((), device=self.accelerator.device)
         losses = self._losses(model, update)
         for index, part_of_it in enumerate(losses):
@@ -156,9 +164,22 @@ class RLTrainer(Checkpointing, GRPOTrainer):
                 part = part_of_it()
                 self.accelerator.backward(part)
             loss += part.detach()
-        if losses:
+        learners = [model, *([] if self.algorithm.critic is None else [self.algorithm.critic])]
+        if losses and self.guard.passes(learners, loss):
+            self._tally.mean("loss", loss.view(1, 1), torch.ones_like(loss).view(1, 1))
             self.algorithm.after_update(self.accelerator.reduce)
+        elif losses:
+            self._tally = before
+            self._skip()
         return loss
+
+    def _skip(self) -> None:
+        """Say that an optimizer step is left out, as nothing finite came of it. Raises Diverged if that were enough."""
+        guard, step = self.guard, self.rl_step + 1
+        what = f"loss or gradient not finite, {guard.in_a_row} in a row"
+        self.run.event("skipped_update", step, f"optimizer step {self.state.global_step + 1}: {what}")
+        if guard.exhausted:
+            raise Diverged(f"stopped in RL step {step}: {what}")
 
     def _losses(self, model: torch.nn.Module, update: int) -> list[Callable[[], Tensor]]:
         """What adds up to the loss of an update of the RL step, pack by pack; nothing in one that is left out.
@@ -232,10 +253,8 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         return make_packs([sample.trace for sample in self.learning.batch.samples], rows, self.job.rl.token_budget)
 
     @torch.no_grad()
-    def _score(
-        self, model: torch.nn.Module, batch: Batch, critic: Critic | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logprobs of the completions under a model, and their values by a critic: [N, T] each, on the CPU."""
+    def _score(self, model: torch.nn.Module, batch: Batch, critic: Critic | None = None) -> list[Tensor | None]:
+        """Logprobs of the completions under a model, and their values if there is a critic: [N, T] each, on the CPU."""
         traces = [sample.trace for sample in batch.samples]
         logprobs: list[Tensor] = [torch.empty(0)] * len(traces)
         values = list(logprobs)
@@ -248,9 +267,8 @@ class RLTrainer(Checkpointing, GRPOTrainer):
                 logprobs[row] = pack.split(scored.logprobs)[place].cpu()
                 if found is not None:
                     values[row] = pack.split(found)[place]
-        return pad_sequence(logprobs, batch_first=True), None if critic is None else pad_sequence(
-            values, batch_first=True
-        )
+        known = (logprobs, None if critic is None else values)
+        return [None if rows is None else pad_sequence(rows, batch_first=True) for rows in known]
 
     def _loss(self, model: torch.nn.Module, pack: Pack, sequences: int, tokens: int) -> Tensor:
         """A pack's share of the loss of a minibatch of that many sequences and completion tokens."""
@@ -284,8 +302,22 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         return self.algorithm.loss(micro, self.rl_step, self._tally)
 
     def parts(self) -> dict[str, Stateful]:
-        """The collector and the algorithm."""
-        return {"collector": self.collector, "algorithm": self.algorithm}
+        """The collector, the algorithm, and inside an RL step its batch and what was measured of it."""
+        return {
+            "collector": self.collector,
+            "algorithm": self.algorithm,
+            "guard": self.guard,
+            "tally": self._tally,
+            "batch": self,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batch that is being learned from; none between two RL steps."""
+        return {"learning": to_plain(self.learning)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the middle of that batch."""
+        self.learning = from_plain(state["learning"], Learning, Scores, Targets)
 
     def show(self, doing: str) -> None:
         """Say what is being done at the progress bar, if there is one."""
@@ -310,6 +342,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
                 **measured,
                 **{name: logs[name] for name in METRIC_NAMES if name in logs},
                 **tallied,
+                "skipped": self.guard.take(),
                 **self.algorithm.after_step(tallied),
                 "tokens_per_second": measured["tokens_generated"] / phases["generate"],
                 "weight_version": self.rl_step - 1,

@@ -1,8 +1,13 @@
 """`kda_chunk` for NVIDIA GPUs: `prepare` works on all chunks at once, `scan` passes the state from one to the next.
 
-Forward keeps its inputs and o; backward makes the rest anew, passes the gradient of the state back from chunk to chunk
-and finds all other gradients for all chunks at once. Products of 16-bit inputs have fp16 factors, gradients
-among them brought into its range, and are summed in fp32; the states between the chunks are fp32.
+For backward, forward keeps its inputs, o and the tiles of `prepare`: with K = V = 128 and 16-bit inputs 1282 and 1424
+bytes a token and head. All of it is kept by save_for_backward: where activations are computed again
+(torch.utils.checkpoint), nothing of it is held meanwhile, and memory too short for the tiles is won back there.
+Backward makes the states of the chunks anew, passes the gradient of the state back from chunk to chunk and finds all
+other gradients for all chunks at once. It uses the tiles up: a second backward through one graph makes them anew.
+
+Products of 16-bit inputs have fp16 factors, gradients among them brought into its range, and are summed in fp32; the
+states between the chunks are fp32.
 """
 
 from functools import partial
@@ -85,43 +90,55 @@ class ChunkAttention(torch.autograd.Function):
         q, k, v, g, beta = (packed_rows(x) for x in (q, k, v, g, beta))
         initial = None if initial is None else initial.contiguous()
         inputs = Inputs(q, k, v, g, beta, A_log, dt_bias, options, product_dtype(q))
-        # What backward keeps of `prepare` is little: a program that trains need not compile it in two forms.
         training = any(ctx.needs_input_grad)
 
-        def work() -> tuple[Tensor, Tensor | None, Passage | None]:
+        def work() -> tuple[Tensor, Tensor | None, Passage | None, Tiles]:
             o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
             final = None
             if options.keep_final:
                 final = torch.empty(inputs.state_shape(), dtype=torch.float32, device=v.device)
-            return o, final, scan(inputs, prepare(inputs, for_backward=training), initial, final=final, o=o)
+            tiles = prepare(inputs, for_backward=training)
+            return o, final, scan(inputs, tiles, initial, final=final, o=o), tiles
 
         key = ("kda_chunk", training, inputs.kind(), initial is None)
-        o, final, ctx.passage = compiled_together(key, v.device, work)
-        ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial, o)
+        o, final, passage, tiles = compiled_together(key, v.device, work)
+        between = (None, None) if passage is None else (passage.after, passage.through)
+        ctx.save_for_backward(q, k, v, g, beta, A_log, dt_bias, initial, o, *between, *vars(tiles).values())
         ctx.options = options
         return o, final
 
     @staticmethod
     def backward(ctx, do: Tensor, dfinal: Tensor | None):
-        *tensors, initial, o = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        *tensors, initial, o, after, through = saved[:11]
         inputs = Inputs(*tensors, ctx.options, product_dtype(tensors[0]))
         dfinal = dfinal.contiguous() if ctx.options.keep_final else None
-        work = partial(all_gradients, inputs, initial, o, do.contiguous(), dfinal, ctx.passage)
+        passage = None if after is None else Passage(after, through)
+        work = partial(all_gradients, inputs, initial, o, do.contiguous(), dfinal, passage, Tiles(*saved[11:]))
         return compiled_together(("kda_chunk backward", inputs.kind(), initial is None), do.device, work)
 
 
 def all_gradients(
-    x: Inputs, initial: Tensor | None, o: Tensor, do: Tensor, dfinal: Tensor | None, passage: Passage | None
+    x: Inputs,
+    initial: Tensor | None,
+    o: Tensor,
+    do: Tensor,
+    dfinal: Tensor | None,
+    passage: Passage | None,
+    tiles: Tiles,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, g, beta, A_log, dt_bias and the initial state (None where there is no such input), None."""
-    tiles = prepare(x, for_backward=True)
+    """Gradients of q, k, v, g, beta, A_log, dt_bias and the initial state (None where there is no such input), None.
+    Uses `tiles` up, and makes them anew if that has happened before."""
+    if not tiles.w.untyped_storage().size():
+        tiles = prepare(x, for_backward=True)
     states = x.tiles(x.key, x.value)
-    passage = scan(x, tiles, initial, states=states, passage=passage)
+    scan(x, tiles, initial, states=states, passage=passage)
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
     out = into_range(x, do, dfinal)
     dstates, dnew = scan_backward(x, tiles, out.do, out.dfinal, dinitial, passage)
+    for used_up in (tiles.w, tiles.reader, tiles.writer, tiles.attend):
+        used_up.untyped_storage().resize_(0)  # the graph still refers to them
     kept = tiles.erase, tiles.inverse, tiles.factors, tiles.decay, o, out, states, dstates, tiles.u, dnew
-    del tiles  # the gradients need none of the others' memory
     gradients = chunk_gradients(x, *kept)
     if initial is not None:
         dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)

@@ -8,6 +8,7 @@ test_triton.py runs this file; by hand, with triton 3.7 or newer:
 import pytest
 import torch
 from kda_inputs import doubled, raw_inputs, rms_ratio
+from torch.utils.checkpoint import checkpoint
 
 from deltarl.kernels import kda_reference
 from deltarl.kernels.fused.chunk import kda_chunk
@@ -135,3 +136,24 @@ def test_value_heads_share_key_heads_and_a_decay_per_head():
     wanted = torch.autograd.grad(expected, list(exact.values()), do.double())
     for name, one, other in zip(inputs, got, wanted, strict=True):
         assert one.shape == other.shape and rms_ratio(one, other) <= GRADIENT_RATIO, name
+
+
+def test_a_second_backward_and_activations_computed_again_change_no_bit():
+    """Backward uses up what forward kept for it; a checkpoint keeps none of it."""
+    inputs = {name: x.requires_grad_() for name, x in raw_inputs(1, 70, 1, 32, 32).items()}
+    leaves = list(inputs.values())
+    kept, again = kda_chunk(**inputs)[0], checkpoint(lambda: kda_chunk(**inputs)[0], use_reentrant=False)
+    do = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1))
+    first = torch.autograd.grad(kept, leaves, do, retain_graph=True)
+    for others in (torch.autograd.grad(kept, leaves, do), torch.autograd.grad(again, leaves, do)):
+        for name, one, other in zip(inputs, first, others, strict=True):
+            assert torch.equal(one, other), name
+
+
+def test_the_tiles_forward_keeps_go_where_the_hooks_of_saved_tensors_put_them():
+    inputs = {name: x.requires_grad_() for name, x in raw_inputs(1, 130, 1, 32, 32).items()}
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape), lambda nothing: nothing):
+        kda_chunk(**inputs)
+    chunks, heads = 3, 1
+    assert sum(shape[:2] == (chunks, heads) for shape in shapes) == 9

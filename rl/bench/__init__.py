@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from deltarl.rl.bench import kernels, learner, rollout
+from deltarl.rl.bench import kernels, learner, mismatch, rollout
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,6 +18,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     bench = benches.add_parser("learner", help="an optimizer step over traces of different lengths, packed and padded")
     learner.add_options(bench)
     bench.set_defaults(run=learner.run)
+
+    bench = benches.add_parser("mismatch", help="the engine's logprobs beside the learner's on long traces")
+    mismatch.add_options(bench)
+    bench.set_defaults(run=mismatch.run)
 
     bench = benches.add_parser("rollout", help="decode speed of the engine at short and long contexts")
     rollout.add_options(bench)

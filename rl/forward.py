@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from deltarl.model import HybridForCausalLM
 from deltarl.model.packed import IMPLEMENTATION, Packing, enable_packing
+from deltarl.rl.errors import UserError
 from deltarl.rl.packing import Pack
 
 VOCABULARY_TILE = 32768
@@ -58,6 +60,22 @@ def _check_head(model: nn.Module) -> None:
     expected = model(ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
     if (packed_logprobs(model, pack).logprobs - expected).abs().max() > 0.02 * expected.abs().max():
         raise ValueError(f"{type(model).__name__} computes its logits in a way of its own, which is not implemented")
+
+
+def checkpoint_activations(model: nn.Module, what: str | Sequence[str]) -> None:
+    """Compute activations again in the backward pass: "none", "all" (whole layers), or parts of a hybrid's layers.
+
+    Parts are "linear", "mla" and "ffn". Raises UserError for parts of another model.
+    """
+    if what == "all":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif what != "none" and not isinstance(model, HybridForCausalLM):
+        raise UserError(
+            f"rl.gradient_checkpointing: {', '.join(what)} are parts of a hybrid's layers; "
+            f"a {type(model).__name__} takes all or none"
+        )
+    elif what != "none":
+        model.recompute(what)
 
 
 def packed_logprobs(

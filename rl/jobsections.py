@@ -172,7 +172,9 @@ class RLConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_completion_length: int = Field(128, ge=1)
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["none", "all"] | list[Literal["linear", "mla", "ffn"]] = Field(
+        "none", description="activations computed again in the backward pass; a list: parts of a hybrid's layers"
+    )
     checkpoint_every: int = Field(20, ge=1)
     keep_checkpoints: int = Field(2, ge=1, description="the last ones")
     keep_best: int = Field(0, ge=0, description="those of the best held-out accuracy during RL, written when measured")

@@ -16,6 +16,7 @@ from deltarl.rl.critic import Critic
 from deltarl.rl.curriculum import Curriculum, InTurn, ProblemSource
 from deltarl.rl.difficulty import in_band, read_pass_rates
 from deltarl.rl.errors import UserError
+from deltarl.rl.forward import checkpoint_activations, enable_scoring
 from deltarl.rl.jobs import Job
 from deltarl.rl.problems import Problem, drop_bad_golds, first_gold, load_problems
 from deltarl.rl.recipes import build_mix
@@ -92,8 +93,8 @@ def open_algorithm(job: Job, model: Any, start: str) -> Algorithm:
         vocabulary, read = (m.get_input_embeddings().num_embeddings for m in (model, trunk))
         if vocabulary != read:
             raise UserError(f"rl.critic.path has {read} tokens and the policy {vocabulary}: both need one vocabulary")
-        if job.rl.gradient_checkpointing:
-            trunk.gradient_checkpointing_enable()
+        enable_scoring(trunk)
+        checkpoint_activations(trunk, job.rl.gradient_checkpointing)
     width = (trunk or model).get_output_embeddings().weight.shape[1]
     return Algorithm(job.rl, Critic(settings, width, trunk))
 

@@ -31,7 +31,7 @@ from deltarl.rl.checkpointing import Checkpointing, Stateful
 from deltarl.rl.collect import Collector
 from deltarl.rl.critic import Critic
 from deltarl.rl.errors import Diverged
-from deltarl.rl.forward import enable_scoring, packed_logprobs, unwrapped
+from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs, unwrapped
 from deltarl.rl.guard import Guard
 from deltarl.rl.jobs import Job
 from deltarl.rl.objective import MicroBatch, Tally
@@ -67,7 +67,7 @@ def grpo_config(job: Job, output_dir: str) -> GRPOConfig:
         beta=0.0,
         bf16=job.model.dtype == "bfloat16" and on_gpu,
         use_cpu=not on_gpu,
-        gradient_checkpointing=rl.gradient_checkpointing,
+        gradient_checkpointing=False,
         logging_steps=updates_per_step(job),
         save_strategy="no",
         report_to=[],
@@ -133,6 +133,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         self.remove_callback(PrinterCallback)
         self.algorithm.to(self.accelerator.device)
         enable_scoring(unwrapped(self.model))
+        checkpoint_activations(unwrapped(self.model), job.rl.gradient_checkpointing)
         if reference is not None:
             reference.requires_grad_(False)
             enable_scoring(reference)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltarl.model import HybridForCausalLM, build_model
 from deltarl.rl.errors import UserError
-from deltarl.rl.forward import enable_scoring, packed_logprobs
+from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs
 from deltarl.rl.losses import aggregate, clipped_surrogate
 from deltarl.rl.packing import Pack, make_packs
 from deltarl.rollout import Trace
@@ -42,7 +42,10 @@ def measure(size: str, recomputed: str, args: argparse.Namespace) -> list[dict[s
     torch.manual_seed(0)
     model = build(size, args.vocab).to(device).train()
     enable_scoring(model)
-    recompute(model, recomputed)
+    try:
+        checkpoint_activations(model, recomputed if recomputed in ("none", "all") else recomputed.split(","))
+    except ValueError as error:
+        raise UserError(f"--recompute: {error}, and all or none") from error
     generator = torch.Generator().manual_seed(1)
     traces = [
         Trace(draw(args.prompt, model, generator), draw(length, model, generator), [], [], "length")
@@ -91,19 +94,6 @@ def build(size: str, vocabulary: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
-
-
-def recompute(model: Any, what: str) -> None:
-    """Activation checkpointing: "none", "all" (whole layers), or parts of a hybrid's layers."""
-    if what == "all":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif what != "none" and isinstance(model, HybridForCausalLM):
-        try:
-            model.recompute(what.split(","))
-        except ValueError as error:
-            raise UserError(f"--recompute: {error}, and all or none") from error
-    elif what != "none":
-        raise UserError(f"--recompute {what} is for hybrids; other models take all or none")
 
 
 def draw(count: int, model: Any, generator: torch.Generator) -> list[int]:

@@ -46,6 +46,7 @@ def test_override_makes_a_missing_section(tmp_path):
         ("sft: {sources: [{nam: x}]}", [], "unknown key sft.sources.nam"),
         ("rl: {steps: -3}", [], "rl.steps: Input should be greater than or equal to 0 (got -3)"),
         ("data: {instruction: hello}", [], "must contain {question}"),
+        ("rl: {gradient_checkpointing: [attention]}", [], "rl.gradient_checkpointing"),
         ("rl: {minibatches: 7}", [], "must be a multiple of minibatches = 7"),
         ("rl: {token_budget: 100}", [], "rl.token_budget = 100 is smaller than"),
         ("rollout: {max_model_len: 99999}", [], "rollout.max_model_len = 99999 allows; raise rl.token_budget"),

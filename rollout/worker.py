@@ -13,6 +13,7 @@ import torch
 
 from deltarl.rollout import engine, sync
 from deltarl.rollout.engine import EngineError
+from deltarl.rollout.refusals import check_servable, explained
 from deltarl.rollout.sync import (
     HALF_WAY,
     NO_WEIGHTS,
@@ -52,15 +53,32 @@ class Run:
 class VllmWorker(RolloutWorker):
     """A `RolloutWorker` on vLLM, in this process; arguments are `make_worker`'s, `options` go to `vllm.LLM`."""
 
-    def __init__(self, model_path: str | Path, *, dtype: str, max_model_len: int, max_num_seqs: int, **options) -> None:
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str,
+        max_model_len: int,
+        max_num_seqs: int,
+        gpu_memory_utilization: float,
+        **options,
+    ) -> None:
+        engine.check_vllm_version()
+        check_servable(model_path)
         self.max_model_len = max_model_len
         self.end_tokens = engine.end_tokens(model_path)
         self.broken: str | None = None
         self.asleep: set[str] = set()
         self._running: dict[str, Run] = {}
-        self.llm = engine.start(
-            model_path, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs, **options
-        )
+        with explained(max_model_len, gpu_memory_utilization):
+            self.llm = engine.start(
+                model_path,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                gpu_memory_utilization=gpu_memory_utilization,
+                **options,
+            )
 
     @property
     def running(self) -> Collection[str]:

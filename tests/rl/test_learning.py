@@ -1,0 +1,94 @@
+"""Each algorithm learns a contextual bandit to a stated level, on the real trainer and engine, over three seeds.
+
+Four questions, four answers. The policy was taught to answer every question with any of the four digits, the right one
+twice as often as another: it is right in 40 % of its answers, and can only find out by trying which those are.
+"""
+
+import json
+
+import pytest
+import yaml
+
+from deltarl.rl.collect import Collector
+from deltarl.rl.interrupt import StopRequest
+from deltarl.rl.jobs import load_job
+from deltarl.rl.metrics import read_metrics
+from deltarl.rl.parts import load_data, open_algorithm, open_engine, open_host, open_model, open_source
+from deltarl.rl.runfolder import RunFolder
+from deltarl.rl.train import train
+from deltarl.rl.trainer import RLTrainer
+
+ANSWERS = {"a?": "0", "b?": "3", "c?": "2", "d?": "1"}
+STEPS = 18
+LEVEL = 0.9
+JOB = {
+    "name": "bandit",
+    "data": {"source": "questions.jsonl", "heldout": "heldout.jsonl", "heldout_size": 1},
+    "rewards": {"verifier": "exact"},
+    "sft": {
+        "steps": 40, "batch_size": 40, "learning_rate": 3.0e-3, "max_length": 32, "warmup_steps": 5,
+        "sources": [{"name": "digits.jsonl"}],
+    },
+    "model": {"arm": "mla", "vocab_size": 280},
+    "rollout": {"max_model_len": 32, "max_num_seqs": 128},
+    "rl": {
+        "steps": STEPS, "prompts_per_step": 4, "num_generations": 16, "minibatches": 2,
+        "learning_rate": 5.0e-4, "max_completion_length": 3,
+    },
+}  # fmt: skip
+ALGORITHMS = {
+    "grpo": {"algorithm": "grpo"},
+    "ppo": {"algorithm": "ppo", "critic": {"kind": "head", "warmup_steps": 1}},
+    "kimi": {"algorithm": "kimi", "kimi": {"tau": 0.1, "target_kl": 0.05, "adapt_minibatches": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def bandit(tmp_path_factory):
+    """The folder of the bandit's files, with the policy that RL starts from, and an engine that holds it."""
+    folder = tmp_path_factory.mktemp("bandit")
+    write(folder / "questions.jsonl", [{"question": q, "answer": a} for q, a in ANSWERS.items()])
+    write(folder / "heldout.jsonl", [{"question": "e?", "answer": "0"}])
+    rows = [{"prompt": q, "response": digit} for q, a in ANSWERS.items() for digit in ("0", "1", "2", "3", a)]
+    write(folder / "digits.jsonl", rows)
+    (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run = train(load_job("job.yaml"), sft_only=True)
+        policy = folder / run / "checkpoints" / "0"
+        worker = open_engine(load_job("job.yaml"), str(policy))
+        yield policy, worker
+        worker.close()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def learn(policy, worker, overrides):
+    """The rows of a run of the job with those overrides."""
+    job = load_job("job.yaml", [f"model.path={policy}", "sft.steps=0", *overrides])
+    with StopRequest() as stop, open_host(job) as host:
+        data = load_data(job, host)
+        model, tokenizer = open_model(str(policy))
+        source = open_source(job, data)
+        collector = Collector(job=job, source=source, tokenizer=tokenizer, worker=worker, host=host, stop=stop)
+        run = RunFolder.create(job)
+        algorithm = open_algorithm(job, model, str(policy))
+        trainer = RLTrainer(
+            model=model, tokenizer=tokenizer, job=job, collector=collector, run=run, algorithm=algorithm
+        )
+        trainer.train()
+        run.metrics.close()
+    return [row for row in read_metrics(run.metrics.path) if row["kind"] == "rl"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_learns_the_bandit(bandit, algorithm, seed):
+    overrides = [f"rl.{key}={json.dumps(value)}" for key, value in ALGORITHMS[algorithm].items()]
+    rows = learn(*bandit, [f"seed={seed}", *overrides])
+    accuracy = [row["accuracy"] for row in rows]
+    assert len(rows) == STEPS
+    assert accuracy[0] < 0.6, "0.4, give or take three standard errors of 64 samples"
+    assert sum(accuracy[-4:]) / 4 >= LEVEL, accuracy

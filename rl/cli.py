@@ -67,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_overrides(command)
     command.set_defaults(run=run_eval)
 
+    command = commands.add_parser("replay", help="compute a batch again whose loss or gradient was not finite")
+    command.add_argument("folder", help="a run folder, or one of the folders in its nonfinite/")
+    command.set_defaults(run=run_replay)
+
     command = commands.add_parser("compare", help="train several arms on the same work and draw their curves together")
     command.add_argument("comparison", help="the comparison file, such as jobs/compare-tiny.yaml")
     add_overrides(command)
@@ -157,6 +161,15 @@ def run_eval(args: argparse.Namespace) -> int:
     from deltarl.rl.train import evaluate_target
 
     evaluate_target(args.target, args.checkpoint, args.overrides)
+    return 0
+
+
+def run_replay(args: argparse.Namespace) -> int:
+    """`deltarl replay`."""
+    quiet_libraries()
+    from deltarl.rl.replay import replay
+
+    print("\n".join(replay(Path(args.folder))))
     return 0
 
 

@@ -182,8 +182,7 @@ def resume_point(folder: RunFolder, updates_per_step: int) -> tuple[int, Path | 
 def last_good(folder: RunFolder) -> str:
     """Where a run that diverged can be gone on from."""
     step = folder.latest()
-    where = "it has no checkpoint" if step is None else f"its last checkpoint is {folder.checkpoint(step)}"
-    return f"{where}; see what was not finite with: deltarl replay {folder.path}"
+    return "it has no checkpoint" if step is None else f"its last good checkpoint is {folder.checkpoint(step)}"
 
 
 def open_learner(job: Job, start: str, checkpoint: Path | None) -> tuple[Any, Any]:

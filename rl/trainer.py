@@ -37,6 +37,7 @@ from deltarl.rl.jobs import Job
 from deltarl.rl.objective import MicroBatch, Tally
 from deltarl.rl.packing import Pack, make_packs
 from deltarl.rl.ptx import PTXStream
+from deltarl.rl.replay import keep_for_replay
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.targets import Targets
 
@@ -83,6 +84,10 @@ class Learning:
     scores: Scores
     targets: Targets
     minibatches: int
+
+
+RECORDS = (Learning, Scores, Targets)
+"""What a `Learning` is made of besides its batch."""
 
 
 class RLTrainer(Checkpointing, GRPOTrainer):
@@ -158,7 +163,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
             self.collector.stop.check()
         before = self._tally.copy()
         loss = torch.zeros((), device=self.accelerator.device)
-        losses = self._losses(model, update)
+        losses = self.losses(model, update)
         for index, part_of_it in enumerate(losses):
             last = index == len(losses) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
@@ -177,12 +182,13 @@ class RLTrainer(Checkpointing, GRPOTrainer):
     def _skip(self) -> None:
         """Say that an optimizer step is left out, as nothing finite came of it. Raises Diverged if that were enough."""
         guard, step = self.guard, self.rl_step + 1
-        what = f"loss or gradient not finite, {guard.in_a_row} in a row"
+        kept = keep_for_replay(self)
+        what = f"loss or gradient not finite, {guard.in_a_row} in a row; see why: deltarl replay {kept}"
         self.run.event("skipped_update", step, f"optimizer step {self.state.global_step + 1}: {what}")
         if guard.exhausted:
             raise Diverged(f"stopped in RL step {step}: {what}")
 
-    def _losses(self, model: torch.nn.Module, update: int) -> list[Callable[[], Tensor]]:
+    def losses(self, model: torch.nn.Module, update: int) -> list[Callable[[], Tensor]]:
         """What adds up to the loss of an update of the RL step, pack by pack; nothing in one that is left out.
 
         A batch in fewer minibatches than `rl.minibatches` leaves out the first updates: a step has as many as ever.
@@ -191,10 +197,10 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         update -= unused * self.job.rl.num_iterations
         if update < 0:
             return []
-        minibatch = self._minibatch(update)
+        minibatch = self.minibatch(update)
         packs = self._packs(minibatch)
         tokens = sum(sum(pack.completions) for pack in packs)
-        losses = [lambda pack=pack: self._loss(model, pack.to(device), len(minibatch), tokens) for pack in packs]
+        losses = [lambda pack=pack: self.pack_loss(model, pack.to(device), len(minibatch), tokens) for pack in packs]
         if self.ptx is not None and self.algorithm.learns_policy(self.rl_step):
             losses += self.ptx.losses(model, self.state.global_step, self.accelerator, self._tally)
         return losses
@@ -243,7 +249,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         """The tensors that the engine should have now, and their version."""
         return policy_tensors(self.accelerator.unwrap_model(self.model)), self.rl_step
 
-    def _minibatch(self, update: int) -> list[int]:
+    def minibatch(self, update: int) -> list[int]:
         """The traces of an update of the RL step: every iteration over the batch has an order of its own."""
         iteration, part = divmod(update, self.learning.minibatches)
         rng = np.random.default_rng([self.job.seed, self.rl_step, 2, iteration])
@@ -271,7 +277,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         known = (logprobs, None if critic is None else values)
         return [None if rows is None else pad_sequence(rows, batch_first=True) for rows in known]
 
-    def _loss(self, model: torch.nn.Module, pack: Pack, sequences: int, tokens: int) -> Tensor:
+    def pack_loss(self, model: torch.nn.Module, pack: Pack, sequences: int, tokens: int) -> Tensor:
         """A pack's share of the loss of a minibatch of that many sequences and completion tokens."""
         scores, targets, critic = self.learning.scores, self.learning.targets, self.algorithm.critic
         learns = self.algorithm.learns_policy(self.rl_step)
@@ -318,7 +324,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in the middle of that batch."""
-        self.learning = from_plain(state["learning"], Learning, Scores, Targets)
+        self.learning = from_plain(state["learning"], *RECORDS)
 
     def show(self, doing: str) -> None:
         """Say what is being done at the progress bar, if there is one."""
@@ -342,6 +348,7 @@ class RLTrainer(Checkpointing, GRPOTrainer):
                 "step": self.rl_step,
                 **measured,
                 **{name: logs[name] for name in METRIC_NAMES if name in logs},
+                "loss": None,
                 **tallied,
                 "skipped": self.guard.take(),
                 **self.algorithm.after_step(tallied),

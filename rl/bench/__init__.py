@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from deltarl.rl.bench import kernels, learner, mismatch, rollout
+from deltarl.rl.bench import kernels, learner, mismatch, rollout, stock
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,6 +26,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     bench = benches.add_parser("rollout", help="decode speed of the engine at short and long contexts")
     rollout.add_options(bench)
     bench.set_defaults(run=rollout.run)
+
+    bench = benches.add_parser("trl", help="a job's RL steps beside those of TRL's own GRPOTrainer")
+    stock.add_options(bench)
+    bench.set_defaults(run=stock.run)
 
     bench = benches.add_parser(
         "verifiers", help="the math verifier beside math-verify: speed, accuracy, hostile inputs"

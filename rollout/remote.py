@@ -82,7 +82,6 @@ class RemoteWorker(RolloutWorker):
         return self.engine.take(LOOK_SECONDS)
 
     def suspend(self, ids: Iterable[str] | None = None) -> list[tuple[str, Trace]]:
-        """As in every worker; but a completion that ended and was not yet handed out by `step` comes as it ended."""
         wanted = set(self.running if ids is None else ids)
         requests = {name: request for name, request in self.engine.requests.items() if name in wanted}
         taken: dict[str, Trace] = {}

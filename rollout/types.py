@@ -233,7 +233,8 @@ class RolloutWorker(abc.ABC):
         """Take running requests (default: all) out of the engine with what they have; their caches are freed.
 
         (name, trace with finish_reason "suspended") in the order in which they were added; names that do not run, for
-        they have ended, are passed over.
+        they have ended, are passed over. Where the engine advances by itself, one may have ended since the last step:
+        it comes as it ended, with its own finish_reason.
         """
 
     def abort(self, ids: Iterable[str]) -> None:

@@ -97,7 +97,8 @@ def replay(path: Path) -> list[str]:
         loss = part()
         trainer.accelerator.backward(loss)
         total += loss.detach()
-    rows = trainer.minibatch(update)
+    left_out = (trainer.job.rl.minibatches - trainer.learning.minibatches) * trainer.job.rl.num_iterations
+    rows = trainer.minibatch(update - left_out)
     lines = [
         f"optimizer step {trainer.state.global_step + 1}, RL step {trainer.rl_step + 1}: {len(rows)} traces",
         f"loss {total.item():.6g}, gradient norm {gradient_norm(model).item():.6g}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from contextlib import suppress
@@ -11,17 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from deltarl.rewards import VerifierHost
 from deltarl.rl.adapters import ADAPTER_FOLDER, add_adapters, load_adapters
 from deltarl.rl.checkpointing import publish_policy
 from deltarl.rl.collect import Collector
 from deltarl.rl.errors import Diverged, UserError
-from deltarl.rl.evaluate import evaluate
 from deltarl.rl.interrupt import Interrupted, StopRequest
-from deltarl.rl.jobs import Job, load_job
-from deltarl.rl.metrics import read_metrics
+from deltarl.rl.jobs import Job
 from deltarl.rl.optimizers import group_table, parameter_groups
 from deltarl.rl.parts import (
     Problems,
@@ -38,8 +34,9 @@ from deltarl.rl.parts import (
 from deltarl.rl.prompts import check_prompt_lengths
 from deltarl.rl.ptx import PTXStream
 from deltarl.rl.report import write_report
-from deltarl.rl.runfolder import RunFolder, kept_steps
+from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.sft import warm_up
+from deltarl.rl.stage import RLStage
 from deltarl.rl.trainer import RLTrainer, updates_per_step
 from deltarl.rollout import EngineError
 
@@ -116,9 +113,9 @@ def warmed_up(job: Job, folder: RunFolder, data: Problems, policy: Policy, stop:
     """
     if 0 in folder.steps():
         return str(folder.checkpoint(0))
-    if job.sft.steps == 0 and policy.source is not None:
+    if not job.sft.schedule and policy.source is not None:
         return policy.source
-    if job.sft.steps > 0:
+    if job.sft.schedule:
         folder.metrics.truncate_after("sft", policy.sft_step or 0)
         if policy.sft_step is not None:
             folder.event("resumed", policy.sft_step, "within SFT")
@@ -161,7 +158,6 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
         stage = RLStage(trainer, data, first)
         stage.evaluate_if_due(first)
         stage.run(checkpoint)
-        trainer.sync_engine()
         stage.measure(job.rl.steps, "after")
     finally:
         worker.close()
@@ -200,84 +196,6 @@ def open_learner(job: Job, start: str, checkpoint: Path | None) -> tuple[Any, An
     return model, tokenizer
 
 
-class RLStage:
-    """The RL steps of a run from step `first` on: what happens between them, and how they stop."""
-
-    def __init__(self, trainer: RLTrainer, data: Problems, first: int) -> None:
-        self.trainer, self.data, self.first = trainer, data, first
-        self.job, self.folder, self.stop = trainer.job, trainer.run, trainer.collector.stop
-        trainer.after_step = self.after_step
-
-    def run(self, checkpoint: Path | None) -> None:
-        """Train to the last step. Raises Interrupted when stopped; a checkpoint has been written."""
-        steps = self.job.rl.steps
-        with tqdm(total=steps, initial=self.first, desc="RL", unit="step") as self.trainer.bar:
-            try:
-                if self.first < steps:
-                    self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            except Interrupted:
-                self.save_stopped()
-                raise
-        self.stop.check()
-
-    def after_step(self, step: int) -> bool:
-        """Evaluate and save where the job says so; True asks the trainer to stop."""
-        with suppress(Interrupted):  # stopped while evaluating: the step is complete, and saved below
-            self.evaluate_if_due(step)
-        rl = self.job.rl
-        if self.stop.requested or step % rl.checkpoint_every == 0 or step == rl.steps or self.is_best(step):
-            self.save(step)
-        return self.stop.requested
-
-    def is_best(self, step: int) -> bool:
-        """Whether held-out accuracy was measured at this step and belongs to the best that the job keeps."""
-        accuracies = self.folder.accuracies()
-        return step in kept_steps(list(accuracies), last=0, best=self.job.rl.keep_best, scores=accuracies)
-
-    def save(self, step: int) -> None:
-        """Write the checkpoint of a completed step, unless it is there; the start of RL needs none."""
-        if step > 0 and step not in self.folder.steps():
-            self.trainer.write_checkpoint(self.folder.checkpoint(step))
-            self.folder.prune()
-
-    def save_stopped(self) -> None:
-        """Write the checkpoint of a run that was stopped before an RL step's batch came, or inside its updates."""
-        trainer, updates = self.trainer, self.trainer.state.global_step
-        if trainer.learning is None:
-            self.save(trainer.rl_step)
-        elif updates not in self.folder.steps("window"):
-            trainer.write_checkpoint(self.folder.checkpoint(updates, "window"))
-
-    def evaluate_if_due(self, step: int) -> None:
-        """The evaluation before RL, or one of those during it, unless it is on record."""
-        every = self.job.eval.every
-        stage = "during" if step else "before"
-        due = step == 0 or (every > 0 and step % every == 0 and step < self.job.rl.steps)
-        recorded = (
-            (row["step"], row["stage"]) for row in read_metrics(self.folder.metrics.path) if row["kind"] == "eval"
-        )
-        if due and (step, stage) not in recorded:
-            self.trainer.sync_engine()
-            self.measure(step, stage)
-
-    def measure(self, step: int, stage: str) -> None:
-        """Held-out accuracy of the weights in the engine, into metrics.jsonl and eval/."""
-        trainer = self.trainer
-        row, traces = evaluate(
-            trainer.collector.worker,
-            trainer.processing_class,
-            self.data.heldout,
-            trainer.collector.host,
-            self.job,
-            step=step,
-            stage=stage,
-            stop=self.stop,
-        )
-        self.folder.metrics.append(row)
-        self.folder.write_traces("eval", step, traces)
-        say(f"held-out accuracy at step {step}: {row['accuracy']:.1%} ± {row['stderr']:.1%}")
-
-
 def describe_run(job: Job, folder: RunFolder, model: Any) -> None:
     """Record what is trained, on what, with which versions."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -307,41 +225,3 @@ def installed(names: tuple[str, ...]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def evaluate_target(target: str, checkpoint: int | None, overrides: list[str]) -> dict[str, Any]:
-    """Held-out accuracy of a run folder's checkpoint (default: the last) or of a job file's `model.path`.
-
-    Prints the row as JSON; for a run folder the traces go to its `eval/again_step_*.jsonl`. Nothing else is changed.
-
-    Raises:
-        UserError: neither a run folder with that checkpoint nor a job with a model.
-    """
-    folder = Path(target) if Path(target).is_dir() else None
-    job = load_job(target if folder is None else folder / "job.yaml", overrides)
-    if folder is None:
-        path, step = job.model.path, 0
-        if path is None:
-            raise UserError(f"{target} has no model.path: give one with --set model.path=DIR, or name a run folder")
-    else:
-        run = RunFolder(folder, job)
-        step = run.latest() if checkpoint is None else checkpoint
-        if step not in run.steps():
-            raise UserError(f"{folder} has no checkpoint {step}; it has: {', '.join(map(str, run.steps())) or 'none'}")
-        path = str(run.checkpoint(step))
-    check_engine(job)
-    with StopRequest() as stop, open_host(job) as host:
-        heldout = load_data(job, host).heldout
-        _, tokenizer = open_model(path)
-        check_prompt_lengths(tokenizer, heldout, job)
-        worker = open_engine(job, path)
-        try:
-            row, traces = evaluate(worker, tokenizer, heldout, host, job, step=step, stage="again", stop=stop)
-        except Interrupted:
-            raise Interrupted("stopped while evaluating; nothing was written") from None
-        finally:
-            worker.close()
-    if folder is not None:
-        run.write_traces("eval", step, traces, prefix="again_")
-    print(json.dumps(row))
-    return row

@@ -71,6 +71,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("folder", help="a run folder, or one of the folders in its nonfinite/")
     command.set_defaults(run=run_replay)
 
+    command = commands.add_parser("difficulty", help="measure how hard each training problem is for a policy")
+    command.add_argument("target", help="a run folder, or a job file with model.path")
+    command.add_argument(
+        "--checkpoint", type=int, default=0, metavar="STEP", help="of a run folder (default: 0, where RL starts)"
+    )
+    command.add_argument("--samples", type=int, default=8, metavar="N", help="answers to each problem (default: 8)")
+    command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of sampling (default: 1)")
+    command.add_argument(
+        "--band", type=float, nargs=2, default=(0.1, 0.9), metavar=("LOW", "HIGH"), help="moderate (default: 0.1 0.9)"
+    )
+    command.add_argument(
+        "--output", type=Path, default=Path("pass_rates.jsonl"), metavar="FILE", help="default: pass_rates.jsonl"
+    )
+    add_overrides(command)
+    command.set_defaults(run=run_difficulty)
+
     command = commands.add_parser("compare", help="train several arms on the same work and draw their curves together")
     command.add_argument("comparison", help="the comparison file, such as jobs/compare-tiny.yaml")
     add_overrides(command)
@@ -158,7 +174,7 @@ def run_sft(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     """`deltarl eval`."""
     quiet_libraries()
-    from deltarl.rl.train import evaluate_target
+    from deltarl.rl.measuring import evaluate_target
 
     evaluate_target(args.target, args.checkpoint, args.overrides)
     return 0
@@ -170,6 +186,26 @@ def run_replay(args: argparse.Namespace) -> int:
     from deltarl.rl.replay import replay
 
     print("\n".join(replay(Path(args.folder))))
+    return 0
+
+
+def run_difficulty(args: argparse.Namespace) -> int:
+    """`deltarl difficulty`."""
+    low, high = args.band
+    if args.samples < 1 or args.temperature < 0 or not 0 <= low <= high <= 1:
+        raise UserError("--samples at least 1, --temperature at least 0, --band LOW HIGH with 0 <= LOW <= HIGH <= 1")
+    quiet_libraries()
+    from deltarl.rl.measuring import measure_difficulty
+
+    measure_difficulty(
+        args.target,
+        args.checkpoint,
+        args.overrides,
+        samples=args.samples,
+        temperature=args.temperature,
+        band=(low, high),
+        output=args.output,
+    )
     return 0
 
 

@@ -20,6 +20,7 @@ from deltarl.rl.losses import (
     value_loss,
 )
 from deltarl.rl.losses.policy import Surrogate
+from deltarl.rl.sharding import gathered, processes
 
 NORMALISATION = {"grpo": "sequence", "dr_grpo": "length", "dapo": "token", "cispo": "token", "bnpo": "token"}
 
@@ -50,14 +51,20 @@ class MicroBatch:
 
 
 class Tally:
-    """Means and largest values over the tokens of several micro-batches, kept on the device until they are taken."""
+    """Means and largest values over the tokens of several micro-batches, kept on the device until they are taken.
+
+    counting: turned off, nothing is added.
+    """
 
     def __init__(self) -> None:
+        self.counting = True
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.largest: dict[str, Tensor] = {}
 
     def mean(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add values [B, T] where the mask is 1, or one value per sequence [B, 1]."""
+        if not self.counting:
+            return
         weights = mask if values.shape == mask.shape else torch.ones_like(values)
         total, count = (values.detach() * weights).sum().double(), weights.sum().double()
         if name in self.sums:
@@ -67,8 +74,24 @@ class Tally:
 
     def max(self, name: str, values: Tensor, mask: Tensor) -> None:
         """The largest of values [B, T] where the mask is true; a name that has none is left out of what is taken."""
+        if not self.counting:
+            return
         largest = torch.where(mask, values.detach(), -torch.inf).max().double()
         self.largest[name] = torch.maximum(self.largest[name], largest) if name in self.largest else largest
+
+    def of_all_processes(self) -> Tally:
+        """What all processes of the learner have together; starts anew itself. Collective."""
+        if processes() == 1:
+            return self
+        together = Tally()
+        for part in gathered(self.state_dict("cpu")):
+            for name, (total, count) in part["sums"].items():
+                before, counted = together.sums.get(name, (0.0, 0.0))
+                together.sums[name] = before + total, counted + count
+            for name, value in part["largest"].items():
+                together.largest[name] = torch.maximum(together.largest.get(name, value), value)
+        self.sums, self.largest = {}, {}
+        return together
 
     def copy(self) -> Tally:
         """The same so far, to go back to."""
@@ -76,9 +99,12 @@ class Tally:
         other.load_state_dict(self.state_dict())
         return other
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything so far, still in sums."""
-        return {"sums": dict(self.sums), "largest": dict(self.largest)}
+    def state_dict(self, device: str | None = None) -> dict[str, Any]:
+        """Everything so far, still in sums, on a device if one is named."""
+        return {
+            "sums": {name: (total.to(device), count.to(device)) for name, (total, count) in self.sums.items()},
+            "largest": {name: value.to(device) for name, value in self.largest.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""

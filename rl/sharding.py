@@ -89,6 +89,13 @@ def gathered(value: Item) -> list[Item]:
     return found
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of the tensors that the processes give. Collective."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def from_main(produce: Callable[[], Item]) -> Item:
     """What `produce` gives in the main process, in every process; what it raises there is raised in all. Collective."""
     if processes() == 1:

@@ -21,6 +21,10 @@ class LoraConfig(Section):
     targets: list[str] | None = Field(None, min_length=1, description="linear layers, as q_proj; null: all of them")
 
 
+Checkpointed = Literal["none", "all"] | list[Literal["linear", "mla", "ffn"]]
+Turns = Literal["last", "all", "marked"]
+
+
 class ModelConfig(Section):
     """The policy: a folder or hub name (`path`), or an arm and size built from scratch."""
 
@@ -75,27 +79,51 @@ class SFTSource(Section):
     weight: float = Field(1.0, gt=0)
 
 
+class SFTStage(Section):
+    """One of several SFT stages; what is left out is as `sft` has it."""
+
+    steps: int = Field(ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    warmup_steps: int | None = Field(None, ge=0)
+    sources: list[SFTSource] | None = Field(None, min_length=1)
+
+
 class SFTConfig(Section):
-    """The supervised warm-up; `steps: 0` leaves it out."""
+    """The supervised warm-up; without steps and stages it is left out."""
 
     steps: int = Field(0, ge=0)
-    batch_size: int = Field(64, ge=1)
-    micro_batch_size: int | None = Field(None, ge=1)
+    batch_size: int = Field(64, ge=1, description="rows of an optimizer step")
+    token_budget: int = Field(16384, ge=1, description="tokens per forward/backward pass")
     optimizer: OptimizerName = "adamw"
     learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0)
-    max_length: int = Field(256, ge=8)
+    max_length: int = Field(256, ge=8, description="tokens at which a row is cut")
+    turns: Turns = Field("last", description="assistant turns of chat rows to learn; marked: those with train: true")
     sources: list[SFTSource] = Field(
         default_factory=lambda: [SFTSource(name="solutions", weight=0.8), SFTSource(name="chat", weight=0.2)],
         min_length=1,
     )
+    stages: list[SFTStage] | None = Field(None, min_length=1, description="in place of steps: one after another")
+    gradient_checkpointing: Checkpointed = "none"
+
+    @property
+    def schedule(self) -> list[SFTStage]:
+        """The stages with all their settings; none where there is no SFT."""
+        shared = {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps, "sources": self.sources}
+        if self.stages is None:
+            return [SFTStage(steps=self.steps, **shared)] if self.steps else []
+        given = [{name: value for name, value in stage if value is not None} for stage in self.stages]
+        return [SFTStage(**shared | stage) for stage in given]
 
     @model_validator(mode="after")
-    def _micro_batches_divide(self) -> SFTConfig:
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+    def _options_agree(self) -> SFTConfig:
+        if self.steps and self.stages:
+            raise ValueError(f"steps = {self.steps} and stages are both given: put the steps into the stages")
+        if self.token_budget < self.max_length:
             raise ValueError(
-                f"batch_size = {self.batch_size} must be a multiple of micro_batch_size = {self.micro_batch_size}"
+                f"token_budget = {self.token_budget} is smaller than a row of max_length = {self.max_length}; "
+                "raise token_budget"
             )
         return self
 
@@ -172,7 +200,7 @@ class RLConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_completion_length: int = Field(128, ge=1)
-    gradient_checkpointing: Literal["none", "all"] | list[Literal["linear", "mla", "ffn"]] = Field(
+    gradient_checkpointing: Checkpointed = Field(
         "none", description="activations computed again in the backward pass; a list: parts of a hybrid's layers"
     )
     checkpoint_every: int = Field(20, ge=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Pack:
-    """Some sequences of a batch end to end.
+    """Some sequences of a batch end to end, and the tokens of them that are scored: those of their completions.
 
     rows: their indices in the batch; ids [T]: all their tokens, prompt and completion; lengths, completions: tokens of
     each sequence, and of its completion; before [S]: where in `ids` the token before each completion token stands.
@@ -67,25 +69,34 @@ class Pack:
         return self.to_rows(torch.ones_like(self.before))
 
 
-def make_pack(traces: Sequence[Trace], rows: Sequence[int]) -> Pack:
-    """The traces of those rows as one pack."""
-    chosen = [traces[row] for row in rows]
-    lengths = [len(trace.prompt_ids) + len(trace.completion_ids) for trace in chosen]
-    before, start = [], 0
-    for trace, length in zip(chosen, lengths, strict=True):
-        first = start + len(trace.prompt_ids) - 1
-        before += range(first, first + len(trace.completion_ids))
-        start += length
+class Marked(NamedTuple):
+    """A sequence, and which of its tokens are scored: positions of 1 or more, ascending."""
+
+    ids: list[int]
+    places: list[int]
+
+
+def completion_of(trace: Trace) -> Marked:
+    """A trace, its completion to be scored."""
+    ids = [*trace.prompt_ids, *trace.completion_ids]
+    return Marked(ids, list(range(len(trace.prompt_ids), len(ids))))
+
+
+def make_pack(sequences: Sequence[Trace | Marked], rows: Sequence[int]) -> Pack:
+    """The sequences of those rows as one pack."""
+    chosen = [completion_of(found) if isinstance(found := sequences[row], Trace) else found for row in rows]
+    starts = accumulate((len(sequence.ids) for sequence in chosen[:-1]), initial=0)
     return Pack(
         rows=list(rows),
-        ids=torch.tensor([token for trace in chosen for token in (*trace.prompt_ids, *trace.completion_ids)]),
-        lengths=lengths,
-        completions=[len(trace.completion_ids) for trace in chosen],
-        before=torch.tensor(before),
+        ids=torch.tensor([token for sequence in chosen for token in sequence.ids]),
+        lengths=[len(sequence.ids) for sequence in chosen],
+        completions=[len(sequence.places) for sequence in chosen],
+        before=torch.tensor([start + at - 1 for start, s in zip(starts, chosen, strict=True) for at in s.places]),
     )
 
 
-def make_packs(traces: Sequence[Trace], rows: Sequence[int], budget: int) -> list[Pack]:
-    """The traces of those rows in packs of at most `budget` tokens; the same traces give the same packs."""
-    lengths = [len(traces[row].prompt_ids) + len(traces[row].completion_ids) for row in rows]
-    return [make_pack(traces, [rows[index] for index in group]) for group in first_fit(lengths, budget)]
+def make_packs(sequences: Sequence[Trace | Marked], rows: Sequence[int], budget: int) -> list[Pack]:
+    """The sequences of those rows in packs of at most `budget` tokens; the same sequences give the same packs."""
+    chosen = [sequences[row] for row in rows]
+    lengths = [len(s.prompt_ids) + len(s.completion_ids) if isinstance(s, Trace) else len(s.ids) for s in chosen]
+    return [make_pack(sequences, [rows[index] for index in group]) for group in first_fit(lengths, budget)]

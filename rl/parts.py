@@ -101,7 +101,8 @@ def open_algorithm(job: Job, model: Any, start: str) -> Algorithm:
 
 def new_policy(job: Job, problems: list[Problem]) -> tuple[Any, Any]:
     """A model of the job's arm and size with fresh weights, and a tokenizer trained on the SFT mix."""
-    rows = build_mix(job.sft.sources, problems, instruction=job.data.instruction, seed=job.seed, n=TOKENIZER_ROWS)
+    sources = [source for stage in job.sft.schedule for source in stage.sources] or job.sft.sources
+    rows = build_mix(sources, problems, instruction=job.data.instruction, seed=job.seed, n=TOKENIZER_ROWS)
     texts = (message["content"] for row in rows for message in [*row["prompt"], *row["completion"]])
     tokenizer = build_tokenizer(texts, job.model.vocab_size)
     torch.manual_seed(job.seed)

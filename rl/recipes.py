@@ -3,15 +3,25 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 
 from deltarl.rl.errors import UserError
+from deltarl.rl.jobsections import Turns
 from deltarl.rl.problems import Problem, Row, first_gold, read_jsonl, user_messages
 
 Message = dict[str, str]
-Turn = tuple[list[Message], str]  # the conversation so far, and the answer to learn
+Answered = tuple[list[Message], str]  # the conversation so far, and the answer to learn
+
+
+class Turn(NamedTuple):
+    """A conversation that ends in an answer, and which of its messages are to be learned, by index, the last of all."""
+
+    prompt: list[Message]
+    answer: str
+    learned: list[int]
+
 
 DIRECT_ANSWERS = ("The answer is \\boxed{{{gold}}}.", "It's \\boxed{{{gold}}}, I think.")
 SMALL_TALK_SHARE = 0.15
@@ -33,7 +43,12 @@ class SourceConfig(Protocol):
 
 
 def build_mix(
-    sources: Sequence[SourceConfig], problems: Sequence[Problem], seed: int, n: int, instruction: str
+    sources: Sequence[SourceConfig],
+    problems: Sequence[Problem],
+    seed: int,
+    n: int,
+    instruction: str,
+    turns: Turns = "last",
 ) -> datasets.Dataset:
     """`n` rows drawn from `sources` with probabilities proportional to their weights.
 
@@ -47,10 +62,12 @@ def build_mix(
         seed: decides the order within the sources and the choice between them.
         n: rows of the result.
         instruction: the template of the user turn, with {question}.
+        turns: which of the assistant's messages in rows of `messages` are learned: the last, all, or those that have
+            `"train": true`. The conversation ends with the last one learned.
 
     Returns:
-        Columns `prompt` and `completion` (lists of {"role", "content"}) and `source` (its name): TRL's conversational
-        prompt-completion format.
+        Columns `prompt` and `completion` (lists of {"role", "content"}), `source` (its name), and `learned`: the
+        indices of the messages to learn in prompt + completion.
 
     Raises:
         UserError: no source, an unknown name, a weight of 0 or less, a source without rows, a row that has none of the
@@ -63,8 +80,8 @@ def build_mix(
         if source.weight <= 0:
             raise UserError(f"sft source {source.name} has weight {source.weight}; give it more than 0 or remove it")
         rng = random.Random(f"{seed}:{source.name}")
-        turns = _turns(source.name, problems, instruction, rng)
-        parts.append(_rows(source.name, _go_round(turns, n, rng)))
+        known = _turns(source.name, problems, instruction, rng, turns)
+        parts.append(_rows(source.name, _go_round(known, n, rng)))
     total = sum(source.weight for source in sources)
     mixed = datasets.interleave_datasets(
         parts,
@@ -80,19 +97,19 @@ def known_sources() -> str:
     return f"{', '.join(NAMED)}, or a .jsonl file"
 
 
-def _turns(name: str, problems: Sequence[Problem], instruction: str, rng: random.Random) -> list[Turn]:
+def _turns(name: str, problems: Sequence[Problem], instruction: str, rng: random.Random, which: Turns) -> list[Turn]:
     """One round of a source."""
     if name in NAMED:
-        return NAMED[name](problems, instruction, rng)
+        return [Turn(prompt, answer, [len(prompt)]) for prompt, answer in NAMED[name](problems, instruction, rng)]
     if not name.endswith(".jsonl"):
         raise UserError(f"sft source {name} is not known; known sources: {known_sources()}")
-    turns = [_file_turn(row) for row in read_jsonl(Path(name))]
+    turns = [_file_turn(row, which) for row in read_jsonl(Path(name))]
     if not turns:
         raise UserError(f"sft source {name} holds no rows")
     return turns
 
 
-def _solutions(problems: Sequence[Problem], instruction: str, rng: random.Random) -> list[Turn]:
+def _solutions(problems: Sequence[Problem], instruction: str, rng: random.Random) -> list[Answered]:
     """Worked solutions.  One that does not box its answer gets a last line that does."""
     turns = []
     for problem in problems:
@@ -104,7 +121,7 @@ def _solutions(problems: Sequence[Problem], instruction: str, rng: random.Random
     return turns
 
 
-def _chat(problems: Sequence[Problem], instruction: str, rng: random.Random) -> list[Turn]:
+def _chat(problems: Sequence[Problem], instruction: str, rng: random.Random) -> list[Answered]:
     """Answers without working, with SMALL_TALK_SHARE of small talk among them."""
     turns = [
         (user_messages(problem, instruction), rng.choice(DIRECT_ANSWERS).format(gold=first_gold(problem)))
@@ -116,53 +133,60 @@ def _chat(problems: Sequence[Problem], instruction: str, rng: random.Random) -> 
     return turns
 
 
-NAMED: dict[str, Callable[[Sequence[Problem], str, random.Random], list[Turn]]] = {
+NAMED: dict[str, Callable[[Sequence[Problem], str, random.Random], list[Answered]]] = {
     "solutions": _solutions,
     "chat": _chat,
 }
 
 
-def _file_turn(row: Row) -> Turn:
+def _file_turn(row: Row, which: Turns) -> Turn:
     """The turn in a row of a .jsonl file, whichever of the three known forms it has."""
     values = row.values
     if "messages" in values:
-        return _last_answer(row, values["messages"])
+        return _conversation(row, values["messages"], which)
     if "response" in values:
         prompt = values.get("prompt", [])
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, list):
             raise UserError(f"{row.where}: prompt is neither text nor messages")
-        return _last_answer(row, [*prompt, {"role": "assistant", "content": values["response"]}])
+        return _conversation(row, [*prompt, {"role": "assistant", "content": values["response"]}], "last")
     if "output" in values:
         parts = [values.get("instruction") or "", values.get("input") or ""]
         if not all(isinstance(part, str) for part in parts):
             raise UserError(f"{row.where}: instruction and input must be text")
         question = "\n\n".join(part for part in parts if part)
-        return _last_answer(
-            row, [{"role": "user", "content": question}, {"role": "assistant", "content": values["output"]}]
+        return _conversation(
+            row, [{"role": "user", "content": question}, {"role": "assistant", "content": values["output"]}], "last"
         )
     raise UserError(
         f"{row.where} is no training row; write messages, or prompt and response, or instruction, input and output"
     )
 
 
-def _last_answer(row: Row, messages: list[Message]) -> Turn:
-    """The conversation up to its last assistant message, and that message's text."""
+def _conversation(row: Row, messages: list[dict[str, Any]], which: Turns) -> Turn:
+    """The conversation up to the last of the assistant's messages that are learned."""
     well_formed = isinstance(messages, list) and all(
         isinstance(message, dict)
         and isinstance(message.get("role"), str)
         and isinstance(message.get("content"), str)
         and message["content"].strip()
+        and isinstance(message.get("train", False), bool)
         for message in messages
     )
     if not well_formed:
-        raise UserError(f"{row.where}: every message needs a role and a text that is not blank")
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers or answers[-1] == 0:
-        raise UserError(f"{row.where}: no prompt followed by an assistant's answer; fix the row")
+        raise UserError(
+            f"{row.where}: every message needs a role and a text that is not blank, and train, if it is there, true or "
+            "false"
+        )
+    answers = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
+    learned = [i for i in answers if messages[i].get("train")] if which == "marked" else answers
+    if not learned:
+        marked = " with train: true" if which == "marked" else ""
+        raise UserError(f"{row.where}: no prompt followed by an assistant's answer{marked}; fix the row")
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return turns[: answers[-1]], turns[answers[-1]]["content"]
+    last = learned[-1]
+    return Turn(turns[:last], turns[last]["content"], [last] if which == "last" else learned)
 
 
 def _go_round(turns: list[Turn], n: int, rng: random.Random) -> list[Turn]:
@@ -176,8 +200,9 @@ def _go_round(turns: list[Turn], n: int, rng: random.Random) -> list[Turn]:
 def _rows(name: str, turns: list[Turn]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(
         {
-            "prompt": [prompt for prompt, _ in turns],
-            "completion": [[{"role": "assistant", "content": answer}] for _, answer in turns],
+            "prompt": [turn.prompt for turn in turns],
+            "completion": [[{"role": "assistant", "content": turn.answer}] for turn in turns],
             "source": [name] * len(turns),
+            "learned": [turn.learned for turn in turns],
         }
     )

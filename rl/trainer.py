@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
@@ -36,6 +34,7 @@ from deltarl.rl.guard import Guard
 from deltarl.rl.jobs import Job
 from deltarl.rl.objective import MicroBatch, Tally
 from deltarl.rl.packing import Pack, make_packs
+from deltarl.rl.packsteps import PackSteps
 from deltarl.rl.ptx import PTXStream
 from deltarl.rl.replay import keep_for_replay
 from deltarl.rl.runfolder import RunFolder
@@ -90,7 +89,7 @@ RECORDS = (Learning, Scores, Targets)
 """What a `Learning` is made of besides its batch."""
 
 
-class RLTrainer(Checkpointing, GRPOTrainer):
+class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
     """Policy optimization on batches of graded traces.
 
     One RL step is: sync weights, collect a batch, and `updates_per_step(job)` optimizer steps. `after_step(step)`, to
@@ -149,10 +148,6 @@ class RLTrainer(Checkpointing, GRPOTrainer):
         """RL steps completed."""
         return self.state.global_step // updates_per_step(self.job)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """One item for each optimizer step of the run; the traces come from the collector."""
-        return DataLoader(range(self.args.max_steps), batch_size=1, collate_fn=list)
-
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one minibatch of the current batch of traces; the first of an RL step collects it."""
         model.train()
@@ -161,15 +156,8 @@ class RLTrainer(Checkpointing, GRPOTrainer):
             self.learning = self._begin_step(model)
         else:
             self.collector.stop.check()
-        before = self._tally.copy()
-        loss = torch.zeros((), device=self.accelerator.device)
-        losses = self.losses(model, update)
-        for index, part_of_it in enumerate(losses):
-            last = index == len(losses) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                part = part_of_it()
-                self.accelerator.backward(part)
-            loss += part.detach()
+        before, losses = self._tally.copy(), self.losses(model, update)
+        loss = self.backward(model, losses)
         learners = [model, *([] if self.algorithm.critic is None else [self.algorithm.critic])]
         if losses and self.guard.passes(learners, loss):
             self._tally.mean("loss", loss.view(1, 1), torch.ones_like(loss).view(1, 1))

@@ -99,7 +99,37 @@ def test_rows_of_a_file(tmp_path):
             "prompt": prompt,
             "completion": [{"role": "assistant", "content": answer}],
             "source": name,
+            "learned": [len(prompt)],
         }
+
+
+@pytest.mark.parametrize(
+    ("turns", "marks", "learned"),
+    [
+        ("last", [], [5]),
+        ("all", [], [2, 5]),
+        ("marked", [2], [2]),
+        ("marked", [2, 5], [2, 5]),
+        ("marked", [1, 2], [2]),
+    ],
+)
+def test_turns_to_learn_are_chosen(tmp_path, turns, marks, learned):
+    roles = ["system", "user", "assistant", "user", "user", "assistant", "user"]
+    messages = [{"role": role, "content": f"turn {i}"} for i, role in enumerate(roles)]
+    for index in marks:
+        messages[index]["train"] = True
+    name = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])
+    row = build_mix([Source(name)], [], seed=0, n=1, instruction="{question}", turns=turns)[0]
+    conversation = [*row["prompt"], *row["completion"]]
+    assert row["learned"] == learned
+    assert [message["content"] for message in conversation] == [f"turn {i}" for i in range(learned[-1] + 1)]
+
+
+def test_marked_turns_must_be_there(tmp_path):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "train": False}]
+    name = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat}])
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no prompt followed by an assistant's answer with train: true"):
+        build_mix([Source(name)], [], seed=0, n=1, instruction="{question}", turns="marked")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -84,11 +84,19 @@ def check_algorithm(rl: RLConfig) -> None:
             raise ValueError("num_generations = 1 is no group for scale_rewards = group; use batch or none")
     if rl.kl_in == "reward" and rl.beta == 0:
         raise ValueError("kl_in = reward needs beta, the coefficient of the KL, and beta is 0")
+    if rl.ptx is not None and rl.ptx.max_length > rl.token_budget:
+        raise ValueError(f"ptx.max_length = {rl.ptx.max_length} must fit token_budget = {rl.token_budget}")
     if rl.importance_sampling_floor >= rl.importance_sampling_cap:
         raise ValueError(
             f"importance_sampling_floor = {rl.importance_sampling_floor} must be less than "
             f"importance_sampling_cap = {rl.importance_sampling_cap}"
         )
+
+
+def shapes_length_twice(rl: RLConfig, options: dict[str, Any]) -> bool:
+    """Whether the Kimi recipe's length reward and the `length` verifier's, among the options of a job's, both count."""
+    parts = [options, *(part.get("options") or {} for part in options.get("parts", []) if isinstance(part, dict))]
+    return bool(rl.kimi and rl.kimi.length_weight) and any(part.get("shape") == "kimi" for part in parts)
 
 
 def _check_kimi(rl: RLConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from deltarl.rl.algorithmsections import shapes_length_twice
 from deltarl.rl.errors import UserError
 from deltarl.rl.jobsections import (
     DataConfig,
@@ -35,6 +36,15 @@ class Job(Section):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     rl: RLConfig = Field(default_factory=RLConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+
+    @model_validator(mode="after")
+    def _length_counts_once(self) -> Job:
+        if shapes_length_twice(self.rl, self.rewards.options):
+            raise ValueError(
+                f"rl.kimi.length_weight = {self.rl.kimi.length_weight} and rewards.options with shape: kimi reward "
+                "short answers twice; leave one out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _completion_fits(self) -> Job:

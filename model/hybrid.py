@@ -198,20 +198,54 @@ class LatentAttention(kimi.KimiLinearAttention):
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
 
 
+class Router(kimi.KimiLinearTopkRouter):
+    def forward(self, hidden_states: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states [..., D] -> logits [tokens, experts], and weights and indices [tokens, top_k] of the experts.
+
+        chosen [tokens, top_k]: experts to take in place of the router's own choice, negative for its own. Their weights
+        are this router's, and carry its gradient (rollout routing replay: Ma et al. 2025, arXiv 2510.11370).
+        """
+        logits, weights, indices = super().forward(hidden_states)
+        if chosen is None:
+            return logits, weights, indices
+        indices = torch.where(chosen < 0, indices, chosen)
+        weights = logits.sigmoid().gather(1, indices)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return logits, weights * self.routed_scaling_factor, indices
+
+
+class MixtureOfExperts(kimi.KimiLinearMoE):
+    def __init__(self, config: HybridConfig):
+        super().__init__(config)
+        self.gate = Router(config)
+
+    def forward(self, hidden_states: Tensor, routing: Tensor | None = None) -> Tensor:
+        """hidden_states [B, T, D] -> [B, T, D]; routing [B T, top_k]: see `Router`."""
+        rows = hidden_states.flatten(0, 1)
+        _, weights, indices = self.gate(rows, routing)
+        return self.experts(rows, indices, weights).view_as(hidden_states) + self.shared_experts(hidden_states)
+
+
 class HybridDecoderLayer(kimi.KimiLinearDecoderLayer):
     def __init__(self, config: HybridConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        self.sparse_index = None
+        if config.mlp_layer_types[layer_idx] == "sparse":
+            self.sparse_index = config.mlp_layer_types[:layer_idx].count("sparse")
+            self.mlp = MixtureOfExperts(config)
         linear = KimiDeltaAttention if config.linear_attn_kind == "kda" else GatedDeltaNet
         attention = linear if config.layer_types[layer_idx] == LINEAR else LatentAttention
         self.self_attn = attention(config, layer_idx)
         self.recomputed: frozenset[str] = frozenset()
         self.draws = bool(config.attention_dropout)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, routing: Tensor | None = None, **kwargs) -> Tensor:
         """hidden_states [B, T, D] -> [B, T, D]; kwargs are the attention's. See `HybridForCausalLM.recompute`."""
         kind = "linear" if self.block_type == LINEAR else "mla"
         hidden_states = hidden_states + self._run(kind, self._attend, hidden_states, **kwargs)
-        return hidden_states + self._run("ffn", self._transform, hidden_states)
+        chosen = {} if routing is None or self.sparse_index is None else {"routing": routing[:, self.sparse_index]}
+        return hidden_states + self._run("ffn", self._transform, hidden_states, **chosen)
 
     def _attend(self, hidden_states: Tensor, past_key_values: Cache | None = None, **kwargs) -> Tensor:
         x = self.input_layernorm(hidden_states)
@@ -219,8 +253,8 @@ class HybridDecoderLayer(kimi.KimiLinearDecoderLayer):
             return self.self_attn(x, cache_params=past_key_values, **kwargs)
         return self.self_attn(x, past_key_values=past_key_values, **kwargs)[0]
 
-    def _transform(self, hidden_states: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_layernorm(hidden_states))
+    def _transform(self, hidden_states: Tensor, **routing: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(hidden_states), **routing)
 
     def _run(self, kind: str, part: Callable[..., Tensor], hidden_states: Tensor, **kwargs) -> Tensor:
         if kind not in self.recomputed or not torch.is_grad_enabled():
@@ -278,6 +312,9 @@ class HybridModel(HybridPreTrainedModel, kimi.KimiLinearModel):
         input_ids [B, T] with `attention_mask` [B, T] (1 = token), padded on either side; or packed, B = 1, with
         `cu_seqlens` [N + 1] or with `position_ids` [1, T] that start again at every sequence. A cache is made only for
         `use_cache=True`, and takes left-padded input. Raises ValueError for a cache with packed or right-padded input.
+
+        routing [T, sparse layers, top_k]: the experts that the tokens of packed input go to, negative for the model's
+        own choice; a keyword like the rest of kwargs.
         """
         inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens, device = *inputs_embeds.shape[:2], inputs_embeds.device

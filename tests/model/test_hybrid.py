@@ -163,3 +163,30 @@ def test_gdn_is_kda_with_equal_decays_in_a_head():
     kda.load_state_dict(weights)
     ids = token_ids(2, 40)
     assert torch.allclose(log_probs(gdn(ids).logits), log_probs(kda(ids).logits), **SAME)
+
+
+@torch.no_grad()
+def test_a_replayed_routing_undoes_another_choice_of_experts():
+    model, other = tiny_model("kda", **MOE), tiny_model("kda", **MOE)
+    ids, bounds = token_ids(1, 30), torch.tensor([0, 11, 30])
+    chosen = []
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.register_forward_hook(lambda _, __, out: chosen.append(out[2]))
+    expected = log_probs(model(ids, cu_seqlens=bounds).logits)
+    routing = torch.stack(chosen, 1)
+    for layer in other.model.layers[1:]:  # a bias steers the choice, not the weights
+        layer.mlp.gate.e_score_correction_bias.copy_(torch.tensor([1.0, -1.0, 0.0, 0.5]))
+    own = log_probs(other(ids, cu_seqlens=bounds).logits)
+    assert (own - expected).abs().max() > 0.01
+    assert torch.allclose(log_probs(other(ids, cu_seqlens=bounds, routing=routing).logits), expected, **SAME)
+    assert torch.equal(log_probs(other(ids, cu_seqlens=bounds, routing=torch.full_like(routing, -1)).logits), own)
+
+
+def test_the_router_learns_under_a_replayed_routing():
+    model, ids = tiny_model("kda", **MOE).train(), token_ids(1, 12)
+    model.recompute(["ffn"])
+    routing = torch.tensor([0, 3]).expand(12, 3, 2)
+    found = gradients(model, input_ids=ids, labels=ids, routing=routing)
+    assert found["model.layers.1.mlp.gate.weight"][[0, 3]].abs().min() > 0
+    assert not found["model.layers.1.mlp.gate.weight"][[1, 2]].any()
+    assert not found["model.layers.1.mlp.experts.gate_up_proj"][[1, 2]].any()

@@ -40,6 +40,7 @@ from deltarl.rl.replay import keep_for_replay
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.targets import Targets
 
+TRL_GROUP = 2  # the least that GRPOConfig takes; the collector makes the groups
 METRIC_NAMES = ("grad_norm", "learning_rate")
 
 
@@ -56,9 +57,9 @@ def grpo_config(job: Job, output_dir: str) -> GRPOConfig:
         output_dir=output_dir,
         seed=job.seed,
         max_steps=rl.steps * updates_per_step(job),
-        per_device_train_batch_size=rl.num_generations,
+        per_device_train_batch_size=TRL_GROUP,
         gradient_accumulation_steps=1,
-        num_generations=rl.num_generations,
+        num_generations=TRL_GROUP,
         learning_rate=rl.learning_rate,
         lr_scheduler_type=rl.lr_scheduler,
         warmup_steps=rl.warmup_steps,

@@ -10,16 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deltarl.rl.algorithmsections import PTXConfig
-from deltarl.rl.errors import UserError
 from deltarl.rl.forward import packed_logprobs
 from deltarl.rl.jobs import Job
 from deltarl.rl.losses import ptx_loss
 from deltarl.rl.objective import Tally
 from deltarl.rl.packing import Pack, make_packs
 from deltarl.rl.problems import Problem
-from deltarl.rl.prompts import render_prompts
 from deltarl.rl.recipes import build_mix
-from deltarl.rollout import Trace
+from deltarl.rl.supervised import encode
 
 
 class PTXStream:
@@ -37,32 +35,18 @@ class PTXStream:
             self.settings.sources, problems, seed=job.seed + 1, n=rows, instruction=job.data.instruction
         )
 
-    def batch(self, update: int) -> list[Trace]:
-        """The supervised sequences of an update, cut at `max_length`; those that leave nothing to learn are left out.
-
-        Raises UserError where the chat template does not put an answer after its prompt.
-        """
-        size, length = self.settings.batch_size, self.settings.max_length
-        rows = self.rows[update * size : (update + 1) * size]
-        prompts = render_prompts(self.tokenizer, rows["prompt"])
-        conversations = [prompt + answer for prompt, answer in zip(rows["prompt"], rows["completion"], strict=True)]
-        whole = self.tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True)["input_ids"]
-        sequences = []
-        for prompt, ids in zip(prompts, whole, strict=True):
-            if ids[: len(prompt)] != prompt:
-                raise UserError("rl.ptx: the chat template does not put an answer after its prompt; fix the template")
-            answer = ids[len(prompt) : length]
-            if answer:
-                sequences.append(Trace(prompt, answer, [], [], "stop"))
-        return sequences
-
     def losses(
         self, model: torch.nn.Module, update: int, accelerator: Accelerator, tally: Tally
     ) -> list[Callable[[], Tensor]]:
-        """What adds up to `weight` x the PTX loss of an update, pack by pack."""
-        sequences = self.batch(update)
+        """What adds up to `weight` x the PTX loss of an update, pack by pack.
+
+        Raises UserError where the chat template does not put an answer after its prompt.
+        """
+        size = self.settings.batch_size
+        rows = self.rows.select(range(update * size, (update + 1) * size))
+        sequences = encode(self.tokenizer, rows, self.settings.max_length)
         packs = make_packs(sequences, range(len(sequences)), self.budget)
-        tokens = float(sum(len(sequence.completion_ids) for sequence in sequences))
+        tokens = float(sum(len(sequence.places) for sequence in sequences))
         return [
             lambda pack=pack: self._loss(model, pack.to(accelerator.device), tokens, accelerator, tally)
             for pack in packs

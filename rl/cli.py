@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -145,8 +146,9 @@ def run_train(args: argparse.Namespace, sft_only: bool = False) -> int:
     if args.dry_run:
         print(dump_job(load_job(args.job or Path(args.resume) / "job.yaml", args.overrides)), end="")
         return 0
-    resume = None if args.resume is None else RunFolder.open(args.resume, args.overrides)
-    job = load_job(args.job, args.overrides) if resume is None else resume.job
+    is_main = os.environ.get("RANK", "0") == "0"  # set where several processes were launched
+    resume = RunFolder.open(args.resume, args.overrides) if args.resume is not None and is_main else None
+    job = load_job(args.job or Path(args.resume) / "job.yaml", args.overrides)
 
     quiet_libraries()
     from deltarl.rl.train import train  # torch and vLLM take seconds to import

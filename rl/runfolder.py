@@ -46,7 +46,9 @@ class RunFolder:
         if not (path / "job.yaml").is_file():
             raise UserError(f"{path} is not a run folder: it has no job.yaml; runs are listed by: ls runs/")
         job = load_job(path / "job.yaml", overrides)
-        (path / "job.yaml").write_text(dump_job(job))
+        changed = path / "job.yaml.tmp"  # other processes of the learner may be reading it
+        changed.write_text(dump_job(job))
+        os.replace(changed, path / "job.yaml")
         return cls(path, job)
 
     def checkpoint(self, step: int, stage: str = "rl") -> Path:

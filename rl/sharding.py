@@ -10,7 +10,9 @@ each computes its share of the packs. Functions named so are collective: every p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +23,24 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 Item = TypeVar("Item")
+PATIENCE = timedelta(days=30)
+"""How long a process waits for the others: a batch of long traces takes hours."""
+
+
+def open_processes() -> None:
+    """Join the other processes, if torchrun or `accelerate launch` started several. Main may be waited for for long.
+
+    What is sent from process to process goes over gloo, so that no GPU is kept busy by waiting; gradients over NCCL.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_device())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+
+
+def local_device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def processes() -> int:

@@ -37,7 +37,7 @@ class RLStage:
             except Interrupted:
                 self.save_stopped()
                 raise
-        from_main(self.stop.check)
+        from_main(lambda: self.stop.check())
 
     def after_step(self, step: int) -> bool:
         """Evaluate and save where the job says so; True asks the trainer to stop."""
@@ -58,7 +58,7 @@ class RLStage:
         """Write the checkpoint of a completed step, unless it is there; the start of RL needs none."""
         if step > 0 and from_main(lambda: step not in self.folder.steps()):
             self.trainer.write_checkpoint(self.folder.checkpoint(step))
-            from_main(self.folder.prune)
+            from_main(lambda: self.folder.prune())
 
     def save_stopped(self) -> None:
         """Write the checkpoint of a run that was stopped before an RL step's batch came, or inside its updates."""

@@ -16,6 +16,7 @@ from deltarl.rl.adapters import ADAPTER_FOLDER, add_adapters, load_adapters
 from deltarl.rl.checkpointing import publish_policy
 from deltarl.rl.collect import Collector
 from deltarl.rl.errors import Diverged, UserError
+from deltarl.rl.follower import FollowedCollector, FollowedRun
 from deltarl.rl.interrupt import Interrupted, StopRequest
 from deltarl.rl.jobs import Job
 from deltarl.rl.optimizers import group_table, parameter_groups
@@ -36,6 +37,7 @@ from deltarl.rl.ptx import PTXStream
 from deltarl.rl.report import write_report
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.sft import warm_up
+from deltarl.rl.sharding import from_main, is_main, local_device, open_processes, processes, shard
 from deltarl.rl.stage import RLStage
 from deltarl.rl.trainer import RLTrainer, updates_per_step
 from deltarl.rollout import EngineError
@@ -48,11 +50,18 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
 
     The run folder is made once everything that can be checked has been.
 
+    Launched by torchrun or `accelerate launch` it is called in several processes, which share the learner's work; the
+    warm-up is for one process.
+
     Raises:
         UserError: the job cannot be run as it stands.
+        Diverged: `rl.max_skipped` optimizer steps in a row were not finite.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
     check_engine(job)
+    open_processes()
+    if not is_main():
+        return follow(job)
     with StopRequest() as stop, open_host(job) as host:
         data = load_data(job, host)
         for stage in ("sft", "rl", "window"):
@@ -129,38 +138,77 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
     """RL from `start`, or from the run's last checkpoint, with held-out evaluations on the way."""
     updates, checkpoint = resume_point(folder, updates_per_step(job))
     first = updates // updates_per_step(job)
+    from_main(lambda: (folder.path, data, start, updates, checkpoint))
     folder.metrics.truncate_after("rl", first)
     if checkpoint is not None:
         folder.event("resumed", first, f"after {updates} optimizer steps")
-    path = start if checkpoint is None else str(checkpoint)
     say("starting the rollout engine")
-    worker = open_engine(job, path)
+    worker = open_engine(job, start if checkpoint is None else str(checkpoint))
     try:
         model, tokenizer = open_learner(job, start, checkpoint)
         say(group_table(parameter_groups(model), job.rl))
         source = open_source(job, data)
         collector = Collector(job=job, source=source, tokenizer=tokenizer, worker=worker, host=host, stop=stop)
-        trainer = RLTrainer(
-            model=model,
-            tokenizer=tokenizer,
-            job=job,
-            collector=collector,
-            run=folder,
-            reference=open_model(start)[0] if job.rl.beta > 0 else None,
-            algorithm=open_algorithm(job, model, start),
-            ptx=PTXStream(job, data.train, tokenizer) if job.rl.ptx is not None else None,
-        )
-        trainer.state.global_step = updates
-        if checkpoint is not None:
-            trainer.load_parts(checkpoint)
-        worker.weights = trainer.weights
+        trainer = open_trainer(job, folder, data, start, model, tokenizer, collector)
+        worker.weights = trainer.weights if processes() == 1 else None
         worker.on_restart = lambda line: folder.event("engine restarted", trainer.rl_step, line)
-        stage = RLStage(trainer, data, first)
-        stage.evaluate_if_due(first)
-        stage.run(checkpoint)
-        stage.measure(job.rl.steps, "after")
+        run_rl(trainer, data, updates, checkpoint)
     finally:
         worker.close()
+
+
+def follow(job: Job) -> Path:
+    """The part of a learner's process that is not the main one in `reinforce`."""
+    path, data, start, updates, checkpoint = from_main(tuple)
+    with StopRequest() as stop:
+        model, tokenizer = open_learner(job, start, checkpoint)
+        collector = FollowedCollector(stop)
+        run_rl(
+            open_trainer(job, FollowedRun(path, job), data, start, model, tokenizer, collector),
+            data,
+            updates,
+            checkpoint,
+        )
+    return path
+
+
+def open_trainer(
+    job: Job,
+    folder: RunFolder | FollowedRun,
+    data: Problems,
+    start: str,
+    model: Any,
+    tokenizer: Any,
+    collector: Collector | FollowedCollector,
+) -> RLTrainer:
+    """The trainer of a run whose RL starts at `start`; model and reference are sharded where processes share work."""
+    reference = open_model(start)[0] if job.rl.beta > 0 else None
+    algorithm = open_algorithm(job, model, start)
+    if processes() > 1:
+        for each in (model, reference):
+            if each is not None:
+                shard(each, local_device())
+    return RLTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        job=job,
+        collector=collector,
+        run=folder,
+        reference=reference,
+        algorithm=algorithm,
+        ptx=PTXStream(job, data.train, tokenizer) if job.rl.ptx is not None else None,
+    )
+
+
+def run_rl(trainer: RLTrainer, data: Problems, updates: int, checkpoint: Path | None) -> None:
+    """The steps of RL that come after so many optimizer steps, with the evaluations before, during and after them."""
+    trainer.state.global_step = updates
+    if checkpoint is not None:
+        trainer.load_parts(checkpoint)
+    stage = RLStage(trainer, data, trainer.rl_step)
+    stage.evaluate_if_due(trainer.rl_step)
+    stage.run(checkpoint)
+    stage.measure(trainer.job.rl.steps, "after")
 
 
 def resume_point(folder: RunFolder, updates_per_step: int) -> tuple[int, Path | None]:

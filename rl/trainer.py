@@ -38,6 +38,7 @@ from deltarl.rl.packsteps import PackSteps
 from deltarl.rl.ptx import PTXStream
 from deltarl.rl.replay import keep_for_replay
 from deltarl.rl.runfolder import RunFolder
+from deltarl.rl.sharding import from_main, gathered, is_main, shares
 from deltarl.rl.targets import Targets
 
 TRL_GROUP = 2  # the least that GRPOConfig takes; the collector makes the groups
@@ -156,7 +157,7 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         if update == 0:
             self.learning = self._begin_step(model)
         else:
-            self.collector.stop.check()
+            from_main(lambda: self.collector.stop.check())
         before, losses = self._tally.copy(), self.losses(model, update)
         loss = self.backward(model, losses)
         learners = [model, *([] if self.algorithm.critic is None else [self.algorithm.critic])]
@@ -202,9 +203,9 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         # A step's randomness depends on seed and step alone: a resumed run draws what the run before would have drawn.
         set_seed(int(np.random.SeedSequence([self.job.seed, self.rl_step, 1]).generate_state(1)[0]))
         self.sync_engine()
-        batch = self.collector.collect(self.rl_step)
+        batch = from_main(lambda: self.collector.collect(self.rl_step))
         if self.job.rollout.sleep:
-            self.collector.worker.sleep()
+            from_main(lambda: self.collector.worker.sleep())
             self._synced_at = -1
         self.show("learning")
         began = time.perf_counter()
@@ -230,7 +231,8 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         if self._synced_at == self.state.global_step:
             return
         began = time.perf_counter()
-        self.collector.worker.sync_weights(*self.weights())
+        tensors, version = self.weights()
+        from_main(lambda: self.collector.worker.sync_weights(tensors, version))
         self._synced_at = self.state.global_step
         self._seconds["sync"] += time.perf_counter() - began
 
@@ -252,19 +254,18 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
     def _score(self, model: torch.nn.Module, batch: Batch, critic: Critic | None = None) -> list[Tensor | None]:
         """Logprobs of the completions under a model, and their values if there is a critic: [N, T] each, on the CPU."""
         traces = [sample.trace for sample in batch.samples]
-        logprobs: list[Tensor] = [torch.empty(0)] * len(traces)
-        values = list(logprobs)
-        for pack in make_packs(traces, range(len(traces)), self.job.rl.token_budget):
+        scored_rows: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for pack, _ in shares(make_packs(traces, range(len(traces)), self.job.rl.token_budget)):
             pack = pack.to(self.accelerator.device)
             with self.accelerator.autocast():
                 scored = packed_logprobs(model, pack, temperature=self.job.rl.temperature, hidden=critic is not None)
                 found = None if critic is None else critic(pack, scored.hidden).cpu()
-            for place, row in enumerate(pack.rows):
-                logprobs[row] = pack.split(scored.logprobs)[place].cpu()
-                if found is not None:
-                    values[row] = pack.split(found)[place]
-        known = (logprobs, None if critic is None else values)
-        return [None if rows is None else pad_sequence(rows, batch_first=True) for rows in known]
+            by_row = pack.split(scored.logprobs.cpu()), [None] * len(pack.rows) if found is None else pack.split(found)
+            scored_rows |= {row: both for row, *both in zip(pack.rows, *by_row, strict=True)}
+        for of_process in gathered(scored_rows):
+            scored_rows |= of_process
+        logprobs, values = zip(*(scored_rows[row] for row in range(len(traces))), strict=True)
+        return [None if rows[0] is None else pad_sequence(rows, batch_first=True) for rows in (logprobs, values)]
 
     def pack_loss(self, model: torch.nn.Module, pack: Pack, sequences: int, tokens: int) -> Tensor:
         """A pack's share of the loss of a minibatch of that many sequences and completion tokens."""
@@ -330,22 +331,22 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         measured = self.learning.batch.measure()
         phases = {"generate": 0.0, "sync": 0.0, "verify": 0.0, **self._seconds, **self.collector.seconds}
         phases["update"] = elapsed - sum(phases.values())
-        tallied = self._tally.take()
-        self.run.metrics.append(
-            {
-                "kind": "rl",
-                "step": self.rl_step,
-                **measured,
-                **{name: logs[name] for name in METRIC_NAMES if name in logs},
-                "loss": None,
-                **tallied,
-                "skipped": self.guard.take(),
-                **self.algorithm.after_step(tallied),
-                "tokens_per_second": measured["tokens_generated"] / phases["generate"],
-                "weight_version": self.rl_step - 1,
-                "time": phases,
-            }
-        )
+        tallied = self._tally.of_all_processes().take()
+        row = {
+            "kind": "rl",
+            "step": self.rl_step,
+            **measured,
+            **{name: logs[name] for name in METRIC_NAMES if name in logs},
+            "loss": None,
+            **tallied,
+            "skipped": self.guard.take(),
+            **self.algorithm.after_step(tallied),
+            "weight_version": self.rl_step - 1,
+            "time": phases,
+        }
+        if is_main():
+            row["tokens_per_second"] = measured["tokens_generated"] / phases["generate"]
+            self.run.metrics.append(row)
         self.learning = None
         if self.bar is not None:
             self.bar.update(1)

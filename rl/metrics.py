@@ -62,8 +62,13 @@ class RlRow(TypedDict, total=False):
     nats per token; `kl` to the policy RL started from, in nats per token (the k3 estimator, Schulman 2020,
     "Approximating KL divergence"), null where it was not measured; `logp_gap_*` is |log p_trainer - log p_engine| per
     sampled token in nats; `is_ratio_mean` and `is_ess` are mean and effective sample size (a share) of the importance
-    weights; `time` maps phase to seconds, `verdicts` maps status to count, `parts` each part of a
-    combined verifier to its mean score.
+    weights; `update_kl` is the KL of the policy before the step's updates to the one they made, mean over the updates;
+    `time` maps phase to seconds, `verdicts` maps status to count, `parts` each part of a combined verifier to its mean
+    score.
+
+    PPO: `value_loss`, `critic_grad_norm`, and `explained_variance` of the returns by the values before the updates.
+    Kimi: `tau`, as the step used it, `minibatches`, and `length_reward`, its mean. `ptx_loss` in nats per supervised
+    token. A curriculum: the share of the problems admitted, and the mean success rate of those tried.
     """
 
     kind: Literal["rl"]
@@ -82,6 +87,16 @@ class RlRow(TypedDict, total=False):
     engine_kl: float
     is_ratio_mean: float
     is_ess: float
+    update_kl: float
+    value_loss: float
+    explained_variance: float
+    critic_grad_norm: float
+    tau: float
+    minibatches: int
+    length_reward: float
+    ptx_loss: float
+    curriculum_admitted: float
+    curriculum_success: float
     clip_ratio: float
     grad_norm: float
     loss: float

@@ -102,7 +102,8 @@ def _inputs(model: nn.Module, pack: Pack) -> tuple[dict[str, Any], Tensor]:
     plain, ids = unwrapped(model), pack.ids.unsqueeze(0)
     if isinstance(plain, HybridForCausalLM):
         cu_seqlens = torch.tensor([0, *pack.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return {"input_ids": ids, "cu_seqlens": cu_seqlens}, pack.before
+        routing = {} if pack.routing is None else {"routing": pack.routing}
+        return {"input_ids": ids, "cu_seqlens": cu_seqlens, **routing}, pack.before
     if plain.config._attn_implementation == IMPLEMENTATION:
         packing = Packing(pack.lengths, ids.device)
         return {"input_ids": ids, "position_ids": packing.positions.unsqueeze(0), "packing": packing}, pack.before

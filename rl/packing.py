@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -39,6 +39,8 @@ class Pack:
 
     rows: their indices in the batch; ids [T]: all their tokens, prompt and completion; lengths, completions: tokens of
     each sequence, and of its completion; before [S]: where in `ids` the token before each completion token stands.
+    routing [T, sparse layers, top_k]: the experts that the engine sent the tokens to, negative where that is unknown;
+    None where it was not recorded.
     """
 
     rows: list[int]
@@ -46,6 +48,7 @@ class Pack:
     lengths: list[int]
     completions: list[int]
     before: Tensor
+    routing: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -54,7 +57,8 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """The same with its tensors on `device`."""
-        return Pack(self.rows, self.ids.to(device), self.lengths, self.completions, self.before.to(device))
+        routing = None if self.routing is None else self.routing.to(device)
+        return replace(self, ids=self.ids.to(device), before=self.before.to(device), routing=routing)
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Values of the completion tokens [S, ...] by sequence."""
@@ -85,6 +89,8 @@ def completion_of(trace: Trace) -> Marked:
 def make_pack(sequences: Sequence[Trace | Marked], rows: Sequence[int]) -> Pack:
     """The sequences of those rows as one pack."""
     chosen = [completion_of(found) if isinstance(found := sequences[row], Trace) else found for row in rows]
+    routings = [found.routing for row in rows if isinstance(found := sequences[row], Trace)]
+    recorded = bool(routings) and routings[0] is not None
     starts = accumulate((len(sequence.ids) for sequence in chosen[:-1]), initial=0)
     return Pack(
         rows=list(rows),
@@ -92,6 +98,7 @@ def make_pack(sequences: Sequence[Trace | Marked], rows: Sequence[int]) -> Pack:
         lengths=[len(sequence.ids) for sequence in chosen],
         completions=[len(sequence.places) for sequence in chosen],
         before=torch.tensor([start + at - 1 for start, s in zip(starts, chosen, strict=True) for at in s.places]),
+        routing=torch.cat(routings).long() if recorded else None,
     )
 
 

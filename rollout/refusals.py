@@ -50,6 +50,13 @@ def check_servable(folder: str | Path) -> None:
             raise EngineError(f"{where} {key} is {config[key]!r}, and the engine serves {served} only")
 
 
+def check_routed(folder: str | Path) -> None:
+    """Raise EngineError for a folder whose model is no mixture of experts that our class serves."""
+    config = read_config(folder)
+    if HYBRID not in (config.get("architectures") or ()) or not config.get("num_experts"):
+        raise EngineError(f"{folder} is no Kimi Linear mixture of experts: leave rollout.replay_routing off")
+
+
 def _need(config: dict[str, Any], keys: tuple[str, ...], where: str, section: str = "") -> None:
     for key in keys:
         if config.get(key) is None:

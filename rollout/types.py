@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -53,7 +53,9 @@ class Trace:
     logprobs: natural log-probability of each token under the distribution it was drawn from (after temperature,
     top_p and top_k; under temperature 0, of the untempered distribution). versions: the weight version that drew it.
     finish_reason: "stop" (an end token), "length" (max_tokens), "repetition" (`Sampling.stop_repetition`), or
-    "suspended": taken out of the engine before its end, and to be gone on with (`Request.begun`).
+    "suspended": taken out of the engine before its end, and to be gone on with (`Request.begun`). routing: the experts
+    of all its tokens [prompt and completion, sparse layers, top_k], int16, negative where the engine read no token,
+    which is so of the last; None unless the worker records it.
     """
 
     prompt_ids: list[int]
@@ -61,6 +63,7 @@ class Trace:
     logprobs: list[float]
     versions: list[int]
     finish_reason: str
+    routing: torch.Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,22 @@ class Request:
         """The seed of the random generator that draws the remaining tokens."""
         return int(np.random.SeedSequence([self.seed, self.drawn]).generate_state(1)[0]) if self.drawn else self.seed
 
-    def trace(self, ids: list[int], logprobs: list[float], versions: list[int], finish_reason: str) -> Trace:
-        """The trace of `begun` with the tokens that were drawn since."""
+    def trace(
+        self,
+        ids: list[int],
+        logprobs: list[float],
+        versions: list[int],
+        finish_reason: str,
+        routing: torch.Tensor | None = None,
+    ) -> Trace:
+        """The trace of `begun` with the tokens that were drawn since; `routing` is of all its tokens."""
         if self.begun is not None:
             ids = self.begun.completion_ids + ids
             logprobs, versions = self.begun.logprobs + logprobs, self.begun.versions + versions
-        return Trace(self.prompt_ids, ids, logprobs, versions, finish_reason)
+            if routing is not None and self.begun.routing is not None:
+                drawn_from = len(self.begun.routing) - 1  # the last was drawn, and read only now
+                routing[:drawn_from] = self.begun.routing[:-1]
+        return Trace(self.prompt_ids, ids, logprobs, versions, finish_reason, routing)
 
 
 @dataclass(frozen=True)

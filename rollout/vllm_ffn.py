@@ -70,6 +70,7 @@ class MoEFFN(nn.Module):
         self.gate_up = torch.empty(experts, 2 * width, hidden)
         self.down = torch.empty(experts, hidden, width)
         self.experts = nn.ModuleList(map(Expert, self.gate_up, self.down))
+        self.routing: torch.Tensor | None = None  # [tokens, top_k], for whoever wants to know the choice
         self.shared_experts = None
         if config.num_shared_experts:
             shared = config.moe_intermediate_size * config.num_shared_experts
@@ -77,6 +78,8 @@ class MoEFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ids, weights = self.gate(x)
+        if self.routing is not None:
+            self.routing[: len(ids)] = ids
         routed = self.fused(x, ids, weights) if x.is_cuda else self.one_by_one(x, ids, weights)
         return sum_over_ranks(routed if self.shared_experts is None else routed + self.shared_experts(x))
 

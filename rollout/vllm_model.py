@@ -51,6 +51,15 @@ class Decoder(nn.Module):
                 attention[index] = LatentAttention(config, vllm_config, f"{prefix}.layers.{index}.self_attn")
         self.layers = nn.ModuleList(Layer(config, index, attention[index]) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if vllm_config.additional_config.get("record_routing"):
+            self.record_routing(vllm_config.scheduler_config.max_num_batched_tokens)
+
+    def record_routing(self, tokens: int) -> None:
+        """From now on, before any graph is captured, each forward pass leaves its choice of experts in `routing`."""
+        sparse = [module for module in self.modules() if isinstance(module, MoEFFN)]
+        self.routing = torch.zeros(tokens, len(sparse), self.config.num_experts_per_token, dtype=torch.int16)
+        for index, module in enumerate(sparse):
+            module.routing = self.routing[:, index]
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         residual = rotation = None
@@ -88,7 +97,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid):
         return self.model(positions, self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(hidden_states)
+        return self.lm_head(hidden_states).float()
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:

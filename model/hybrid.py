@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
@@ -227,6 +228,15 @@ class MixtureOfExperts(kimi.KimiLinearMoE):
         return self.experts(rows, indices, weights).view_as(hidden_states) + self.shared_experts(hidden_states)
 
 
+class RMSNorm(kimi.KimiLinearRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """In fp32, rounded once: to the input's dtype, or under autocast to that for all projections that follow."""
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.variance_epsilon)
+        return normed.to(dtype)
+
+
 class HybridDecoderLayer(kimi.KimiLinearDecoderLayer):
     def __init__(self, config: HybridConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -237,6 +247,8 @@ class HybridDecoderLayer(kimi.KimiLinearDecoderLayer):
         linear = KimiDeltaAttention if config.linear_attn_kind == "kda" else GatedDeltaNet
         attention = linear if config.layer_types[layer_idx] == LINEAR else LatentAttention
         self.self_attn = attention(config, layer_idx)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recomputed: frozenset[str] = frozenset()
         self.draws = bool(config.attention_dropout)
 

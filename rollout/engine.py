@@ -16,6 +16,7 @@ from deltarl.rollout.plugin import CHOICE, serves_our_class
 
 OLDEST, NEWEST = (0, 26), (0, 32)
 HYBRID = "KimiLinearForCausalLM"
+SCHEDULERS = "deltarl.rollout.vllm_scheduler"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -134,22 +135,22 @@ def gpu_settings(max_num_seqs: int) -> dict[str, Any]:
     """Settings under which our class runs best on a GPU: decode steps as whole CUDA graphs, no compiler.
 
     The layers call fused kernels themselves; torch.compile would add its minutes of start-up for next to nothing, and
-    there is nothing that FlashInfer could tune.
+    there is nothing that FlashInfer could tune. vLLM's second model runner, which it still leaves aside for hybrids,
+    draws all tokens of a step in one kernel, each from its request's seed and the token's position.
     """
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": graph_sizes(max_num_seqs)}
     return {"compilation_config": graphs, "enable_flashinfer_autotune": False}
 
 
 def register_hybrid() -> None:
-    """Give vLLM our class itself: by its name alone vLLM would import it in a process of its own first."""
+    """Give vLLM the class itself, ours or its own: by its name alone vLLM would import it in a process of its own
+    first, whose working folder comes before installed packages."""
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()  # would otherwise register the name afterwards
-
-    from deltarl.rollout.vllm_model import KimiLinearForCausalLM
-
-    ModelRegistry.register_model(HYBRID, KimiLinearForCausalLM)
+    ModelRegistry.register_model(HYBRID, ModelRegistry.models[HYBRID].load_model_cls())
 
 
 def start(
@@ -192,9 +193,11 @@ def start(
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
+        settings["async_scheduling"] = not on_cpu
+        settings["scheduler_cls"] = f"{SCHEDULERS}.{'RolloutScheduler' if on_cpu else 'AsyncRolloutScheduler'}"
         if HYBRID in config.get("architectures", ()):
+            register_hybrid()
             if serves_our_class():
-                register_hybrid()
                 settings |= {} if on_cpu else gpu_settings(max_num_seqs)
             elif config.get("gate_lower_bound") is not None:
                 raise EngineError(f"vLLM's Kimi Linear class has no bounded gate: leave {CHOICE} unset")

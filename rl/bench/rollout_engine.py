@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 WARM_STEPS = 8
+PROFILED_STEPS = 8
+SPARE_STEPS = 4 * WARM_STEPS + 2 * PROFILED_STEPS
 
 
 @dataclass
@@ -40,7 +42,10 @@ class Spec:
 
 @dataclass
 class Row:
-    """One measurement. kind: `start` (seconds until the first token), `decode`, or `whole` (prompts read for real)."""
+    """One measurement. kind: `start` (seconds until the first token), `decode`, or `whole` (prompts read for real).
+
+    gpu_ms: the time of a decode step's kernels, in milliseconds; what ms_per_token has over it is waiting for the host.
+    """
 
     arm: str
     served: str
@@ -51,6 +56,7 @@ class Row:
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     ms_per_token: float = 0.0
+    gpu_ms: float = 0.0
     cache_bytes: int = 0
 
 
@@ -59,7 +65,7 @@ class Engine:
         from deltarl.rollout import engine
 
         self.spec = spec
-        longest = max(spec.contexts) + spec.steps + 4 * WARM_STEPS
+        longest = max(spec.contexts) + spec.steps + SPARE_STEPS
         if spec.whole:
             longest = max(longest, spec.whole[1] + spec.whole[2])
         self.llm = engine.start(
@@ -127,14 +133,15 @@ class Engine:
             self.core.step()
         synchronize()
 
-    def decode(self, context: int, batch: int) -> tuple[int, int, float]:
-        """Sequences, tokens and seconds of `steps` decode steps of a batch whose sequences begin at this context.
+    def decode(self, context: int, batch: int) -> tuple[int, int, float, float]:
+        """Sequences, tokens, seconds, and milliseconds of kernels a step, of `steps` decode steps of a batch whose
+        sequences begin at this context.
 
         The batch is smaller than asked for when the scheduler did not admit all.
         """
         scheduler = self.core.engine_core.engine_core.scheduler
         prompt = [1 + place % (self.vocab_size - 1) for place in range(context)]
-        names = [self.add(prompt, self.spec.steps + 4 * WARM_STEPS) for _ in range(batch)]
+        names = [self.add(prompt, self.spec.steps + SPARE_STEPS) for _ in range(batch)]
         self.step_until(WARM_STEPS * batch // 2)
         running = {request.request_id.split("-")[0] for request in scheduler.running}
         left_out = [name for name in names if name not in running]
@@ -145,13 +152,27 @@ class Engine:
         before, began = self.drawn(), time.perf_counter()
         self.step_until(before + self.spec.steps * batch)
         seconds, tokens = time.perf_counter() - began, self.drawn() - before
+        gpu_ms = self.kernel_milliseconds()
         evicted = len(scheduler.waiting)
         self.core.abort_request(names)
         while self.core.has_unfinished_requests():
             self.core.step()
         if evicted:
             raise RuntimeError(f"{evicted} of {batch} sequences lost their cache at context {context}")
-        return batch, tokens, seconds
+        return batch, tokens, seconds, gpu_ms
+
+    def kernel_milliseconds(self) -> float:
+        """Milliseconds that the kernels of a step take, from a profile of a few steps more; 0 without a GPU."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        if not torch.cuda.is_available():
+            return 0.0
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            for _ in range(PROFILED_STEPS):
+                self.core.step()
+            synchronize()
+        return sum(event.self_device_time_total for event in profiled.key_averages()) / PROFILED_STEPS / 1e3
 
     def whole(self, batch: int, prompt: int, tokens: int) -> float:
         """Seconds for a batch of this many prompts, read for real, and so many tokens for each."""
@@ -221,7 +242,7 @@ def measure(spec: Spec) -> Iterator[Row]:
             cache_bytes=engine.bytes_of(prompt + tokens),
         )
     for context in spec.contexts:
-        last = context + spec.steps + 4 * WARM_STEPS
+        last = context + spec.steps + SPARE_STEPS
         most = engine.most_sequences(last)
         if not most:
             yield Row(**row, kind="decode", context=context, note="one sequence does not fit")
@@ -230,7 +251,7 @@ def measure(spec: Spec) -> Iterator[Row]:
         if equal := spec.equal.get(str(context)):
             batches[min(equal, most)] = "equal batch" if equal != most else "equal batch, its largest"
         for batch, note in sorted(batches.items()):
-            batch, tokens, seconds = engine.decode(context, batch)
+            batch, tokens, seconds, gpu_ms = engine.decode(context, batch)
             yield Row(
                 **row,
                 kind="decode",
@@ -240,6 +261,7 @@ def measure(spec: Spec) -> Iterator[Row]:
                 seconds=seconds,
                 tokens_per_second=tokens / seconds,
                 ms_per_token=seconds / tokens * batch * 1e3,
+                gpu_ms=gpu_ms,
                 cache_bytes=engine.bytes_of(last),
             )
     engine.llm.llm_engine.engine_core.shutdown()

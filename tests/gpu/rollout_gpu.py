@@ -1,7 +1,8 @@
 """vLLM on one GPU against the trainer's model: parity before and after three syncs, speed, start time, for every arm.
 
-Run by hand:  python tests/gpu/rollout_gpu.py [kda mla moe] [--log FOLDER] [--limit SECONDS]
-Each arm runs in a process of its own, and a failed or late one does not stop the others; their tables come as they end.
+Run by hand:  python tests/gpu/rollout_gpu.py [kda mla moe] [--log FOLDER] [--limit SECONDS] [--tokens N] [--at-once]
+Each arm runs in a process of its own, and a failed or late one does not stop the others. Its rows go to ARM.txt of the
+log folder as they come, what vLLM says to ARM.log. --at-once: all arms beside each other, whose speeds say little then.
 DELTARL_VLLM_MODEL=vllm has vLLM's own class serve.
 
 The floor is the distance between the trainer's model in bf16 and in fp32 on the same tokens: what bf16 alone costs.
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from deltarl.model import build_model, checkpoint_tensors, save_checkpoint
-from deltarl.rollout import Sampling, SyncReport, Trace, make_worker
+from deltarl.rollout import Sampling, SyncReport, Trace
+from deltarl.rollout.worker import VllmWorker
 
 MOE = {
     "mlp_layer_types": ["dense"] + ["sparse"] * 7,
@@ -39,7 +42,8 @@ ARMS = {
     "bounded": ("kda", {"gate_lower_bound": -5.0}),
 }
 VOCAB = 8192
-SEQUENCES, TOKENS = 256, 512
+SEQUENCES = 256
+CACHE_BYTES = 3 << 30
 GREEDY = Sampling(temperature=0, max_tokens=64, ignore_eos=True)
 
 
@@ -83,7 +87,7 @@ def compare(arm: str, weights: str, model, traces: list[Trace], note: str) -> Ro
     return Row(arm, weights, first.float().mean().item(), gap.mean().item(), gap.max().item(), floor, note)
 
 
-def run(arm: str) -> list[Row]:
+def run(arm: str, tokens: int) -> Iterator[Row]:
     plan, overrides = ARMS[arm]
     torch.manual_seed(0)
     master = build_model(plan, "30m", vocab_size=VOCAB, **overrides).cuda().eval()
@@ -93,12 +97,14 @@ def run(arm: str) -> list[Row]:
     save_checkpoint(master, tokenizer, folder)
 
     began = time.perf_counter()
-    worker = make_worker(
+    worker = VllmWorker(
         folder,
         dtype="bfloat16",
         max_model_len=1024,
         max_num_seqs=SEQUENCES,
-        gpu_memory_utilization=0.4,
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=CACHE_BYTES,  # measured free memory means little where several engines start
+        seed=0,
     )
     start = time.perf_counter() - began
     worker.generate([[1, 2, 3]], GREEDY, seeds=[0])
@@ -106,7 +112,11 @@ def run(arm: str) -> list[Row]:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in (2, 3, 17, 64, 65, 200, 400)]
 
-    rows = []
+    def exact() -> torch.nn.Module:
+        copy = build_model(plan, "30m", vocab_size=VOCAB, **overrides).cuda().eval()
+        copy.load_state_dict(master.state_dict())
+        return copy
+
     note = f"start {start:.1f} s, first completion at {first:.1f} s"
     for version in range(4):
         if version:
@@ -114,56 +124,69 @@ def run(arm: str) -> list[Row]:
             report: SyncReport = worker.sync_weights(checkpoint_tensors(master), version)
             note = f"sync {report.seconds * 1e3:.0f} ms, {report.tensors} tensors"
         traces = worker.generate(prompts, GREEDY, seeds=[0] * len(prompts))
-        copy = build_model(plan, "30m", vocab_size=VOCAB, **overrides).cuda().eval()
-        copy.load_state_dict(master.state_dict())
-        rows.append(compare(arm, f"version {version}", copy, traces, note))
+        yield compare(arm, f"version {version}", exact(), traces, note)
 
-    sampled = Sampling(temperature=1.0, max_tokens=TOKENS, ignore_eos=True)
+    sampled = Sampling(temperature=1.0, max_tokens=tokens, ignore_eos=True)
     many = [torch.randint(1, VOCAB, (64,), generator=generator).tolist() for _ in range(SEQUENCES)]
     speeds = []
     outputs = []
     for _ in range(2):
         began = time.perf_counter()
         outputs.append(worker.generate(many, sampled, seeds=list(range(SEQUENCES))))
-        speeds.append(SEQUENCES * TOKENS / (time.perf_counter() - began))
+        speeds.append(SEQUENCES * tokens / (time.perf_counter() - began))
     again = sum(a.completion_ids == b.completion_ids for a, b in zip(*outputs, strict=True)) / SEQUENCES
-    rows[0].note += f", {max(speeds):.0f} tok/s at {SEQUENCES} x {TOKENS}, same seeds same tokens {again:.0%}"
+    note = f"{max(speeds):.0f} tok/s at {SEQUENCES} x {tokens}, same seeds same tokens {again:.0%}"
+    yield compare(arm, "sampled", exact(), outputs[0][:16], note)
     worker.close()
-    return rows
 
 
-def print_rows(rows: list[Row]) -> None:
-    print("\narm      weights    greedy=argmax(fp32)  mean gap  max gap  bf16 floor  notes")
-    for row in rows:
-        print(
-            f"{row.arm:8s} {row.weights:10s} {row.same_tokens:19.1%} {row.gap_mean:9.4f} {row.gap_max:8.3f} "
-            f"{row.floor:11.4f}  {row.note}",
-            flush=True,
-        )
+HEAD = "arm      weights    greedy=argmax(fp32)  mean gap  max gap  bf16 floor  notes"
+
+
+def line(row: Row) -> str:
+    return (
+        f"{row.arm:8s} {row.weights:10s} {row.same_tokens:19.1%} {row.gap_mean:9.4f} {row.gap_max:8.3f} "
+        f"{row.floor:11.4f}  {row.note}"
+    )
+
+
+def start(arm: str, folder: Path, limit: int, tokens: int) -> subprocess.Popen:
+    command = ["timeout", str(limit), sys.executable, "-P", __file__, "--arm", arm, "--tokens", str(tokens)]
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "ROWS": str(folder / f"{arm}.txt")}
+    with (folder / f"{arm}.log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arms", nargs="*", default=["kda", "mla"], help=f"of {', '.join(ARMS)}")
-    parser.add_argument("--log", help="folder for what vLLM says, a file an arm")
+    parser.add_argument("--log", help="folder for the rows and for what vLLM says, two files an arm")
     parser.add_argument("--limit", type=int, default=240, help="seconds for an arm")
+    parser.add_argument("--tokens", type=int, default=512, help="for each of the sequences whose speed is measured")
+    parser.add_argument("--at-once", action="store_true", help="all arms beside each other")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if len(args.arms) == 1 and args.log is None:
-        print_rows(run(args.arms[0]))
+    if args.arm:
+        for row in run(args.arm, args.tokens):
+            with open(os.environ["ROWS"], "a") as rows:
+                print(line(row), file=rows, flush=True)
         return 0
     folder = Path(args.log or tempfile.mkdtemp())
-    failed = 0
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = {}
     for arm in args.arms:  # vLLM captures CUDA graphs for one engine a process
-        log = folder / f"{arm}.log"
-        environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
-        with log.open("w") as stderr:
-            command = ["timeout", str(args.limit), sys.executable, __file__, arm]
-            code = subprocess.run(command, stderr=stderr, env=environment).returncode
+        processes[arm] = start(arm, folder, args.limit, args.tokens)
+        if not args.at_once:
+            processes[arm].wait()
+    failed = 0
+    print(HEAD)
+    for arm, process in processes.items():
+        code, rows = process.wait(), folder / f"{arm}.txt"
+        print(rows.read_text() if rows.exists() else f"{arm}: no row", end="\n", flush=True)
         if code:
             failed += 1
-            print(
-                f"{arm}: exit code {code}; the end of {log}:", *log.read_text().splitlines()[-40:], sep="\n", flush=True
-            )
+            log = folder / f"{arm}.log"
+            print(f"{arm}: exit code {code}; the end of {log}:", *log.read_text().splitlines()[-20:], sep="\n")
     return failed
 
 

@@ -16,9 +16,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from deltarl.channel import Channel, die_with_parent
+from deltarl.rollout import ranks
 from deltarl.rollout.engine import EngineError
-from deltarl.rollout.sync import layout_of
-from deltarl.rollout.transfer import SharedMemory, attach, plan_buckets, unpack
 from deltarl.rollout.types import Request, Trace
 from deltarl.rollout.worker import VllmWorker
 
@@ -55,12 +54,8 @@ class Server:
 
     def __init__(self, channel: Channel, worker: VllmWorker) -> None:
         self.channel, self.worker = channel, worker
-        self.held = worker.tensors()
-        self.layout = layout_of(self.held)
-        self.plan = plan_buckets(self.layout)
-        self.memory: SharedMemory | None = None
         self.spoke = time.monotonic()
-        self.say("ready", self.layout, next(iter(self.held.values())).device.type)
+        self.say("ready", *worker.on_ranks(ranks.describe)[0])
 
     def serve(self) -> None:
         """Raises EOFError when the parent has closed the connection."""
@@ -103,20 +98,16 @@ class Server:
     def suspend(self, names: Iterable[str]) -> list[tuple[str, Trace]]:
         return self.worker.suspend(names)
 
-    def begin_sync(self, handle: int | bytes) -> None:
+    def begin_sync(self, handle: Any) -> None:
         """From here on until `end_sync` no request advances."""
-        if self.memory is None:
-            self.memory = attach(handle, 2 * self.plan.bytes)
         self.worker.begin_sync()
+        self.worker.on_ranks(ranks.attach_memory, handle)
 
     def bucket(self, index: int) -> None:
-        """Even buckets lie in the first half of the memory, odd ones in the second."""
-        begin = index % 2 * self.plan.bytes
-        memory = self.memory.tensor[begin : begin + self.plan.bytes]
-        unpack(self.plan.buckets[index], memory, self.layout, self.held)
+        self.worker.on_ranks(ranks.read_bucket, index)
 
-    def arrived(self) -> dict[str, int]:
-        return self.worker.arrived()
+    def arrived(self) -> list[dict[str, int]]:
+        return self.worker.on_ranks(ranks.arrived)
 
     def end_sync(self, version: int) -> None:
         self.worker.end_sync(version)

@@ -10,7 +10,7 @@ import torch
 from deltarl.rollout.engine import EngineError, check_vllm_version, end_tokens, read_config
 from deltarl.rollout.supervisor import EngineLost, Supervisor
 from deltarl.rollout.sync import HALF_WAY, NO_WEIGHTS, collect, compare, match
-from deltarl.rollout.transfer import DeviceMemory, FileMemory, SharedMemory, anonymous_file, pack, plan_buckets
+from deltarl.rollout.transfer import DeviceMemory, FileMemory, SharedMemory, pack, plan_buckets
 from deltarl.rollout.types import Request, RolloutWorker, SyncReport, Trace, WeightSyncError
 
 LOOK_SECONDS = 1.0
@@ -49,9 +49,8 @@ class RemoteWorker(RolloutWorker):
         self.asleep = False
         self.synced = False
         self.memory: SharedMemory | None = None
-        self.file = anonymous_file()
         arguments = {"model_path": str(model_path), "max_model_len": max_model_len, **options}
-        self.engine = Supervisor(arguments, [self.file], environment or {}, hang_seconds, max_restarts)
+        self.engine = Supervisor(arguments, environment or {}, hang_seconds, max_restarts)
         try:
             self.engine.wait_up()
         except BaseException:
@@ -118,7 +117,7 @@ class RemoteWorker(RolloutWorker):
         """One bucket is filled while the engine reads the other. Raises EngineLost, WeightSyncError."""
         if self.memory is None:
             size = 2 * self.plan.bytes
-            self.memory = DeviceMemory(None, size) if self.device == "cuda" else FileMemory(self.file, size)
+            self.memory = DeviceMemory(None, size) if self.device == "cuda" else FileMemory(None, size)
         self.broken = HALF_WAY
         self.engine.ask("begin_sync", self.memory.handle)
         read: list[int] = []
@@ -209,7 +208,6 @@ class RemoteWorker(RolloutWorker):
         self.engine.close()
         if self.memory is not None:
             self.memory.release()
-        os.close(self.file)
 
 
 def first_card(gpu: int) -> str:

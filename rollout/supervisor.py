@@ -37,9 +37,9 @@ class EngineLost(Exception):
 
 class EngineProcess:
     """An interpreter started afresh, never forked, that dies with the thread that started it; it leads a process group,
-    which ends with it. inherited: file descriptors that it gets under the same numbers."""
+    which ends with it. environment: variables that it has beyond this process's."""
 
-    def __init__(self, inherited: list[int], environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         ours, theirs = socket.socketpair()
         arguments = [json.dumps([str(path) for path in sys.path]), str(theirs.fileno()), str(os.getpid())]
         try:
@@ -47,7 +47,7 @@ class EngineProcess:
                 [sys.executable, "-P", "-c", BOOT, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
-                pass_fds=[theirs.fileno(), *inherited],
+                pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 env=os.environ | environment,
             )
@@ -69,8 +69,7 @@ class EngineProcess:
 class Supervisor:
     """One engine process at a time, and the requests that it has; a thread of its own starts, hears and replaces it.
 
-    arguments: VllmWorker's, by name. inherited: file descriptors for the process. environment: variables that it has
-    beyond this process's. hang_seconds: a process that owes an
+    arguments: VllmWorker's, by name. environment: variables of the process. hang_seconds: a process that owes an
     answer or has requests, and says nothing for so long, is killed (seen at most LOOK_SECONDS late). max_restarts:
     processes that are started after the first; when they are used up, every call raises EngineError.
 
@@ -82,13 +81,12 @@ class Supervisor:
     def __init__(
         self,
         arguments: dict[str, Any],
-        inherited: list[int],
         environment: dict[str, str],
         hang_seconds: float,
         max_restarts: int,
     ) -> None:
         self.hang_seconds, self.max_restarts = hang_seconds, max_restarts
-        self.setup, self.inherited, self.environment = pickle.dumps(arguments), inherited, environment
+        self.setup, self.environment = pickle.dumps(arguments), environment
         self.changed = threading.Condition()
         self.requests: dict[str, Request] = {}
         self.ended: dict[str, Trace] = {}
@@ -240,7 +238,7 @@ class Supervisor:
 
     def _start(self) -> None:
         """Raises EngineError when the process does not become ready."""
-        self._process = EngineProcess(self.inherited, self.environment)
+        self._process = EngineProcess(self.environment)
         if self._closed:
             raise EngineError("the worker was closed while its engine started")
         try:

@@ -5,7 +5,7 @@ tensors by checkpoint name, and `engine_tensors` the engine's memory by the same
 same names and shapes, copies, has the engine refresh what it derives, and compares checksums name by name.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,10 +28,13 @@ NO_WEIGHTS = "the engine slept and its weights were given up: sync_weights befor
 
 
 class Place(NamedTuple):
-    """Where an engine keeps a tensor of the checkpoint: shape and dtype there."""
+    """How an engine keeps a tensor of the checkpoint: its whole shape and dtype there, and the dimension along which
+    its ranks share it in equal parts."""
 
     shape: torch.Size
     dtype: torch.dtype
+    cut: int | None = None
+    parts: int = 1
 
 
 Layout = dict[str, Place]
@@ -40,6 +43,12 @@ Layout = dict[str, Place]
 
 def layout_of(held: Mapping[str, torch.Tensor]) -> Layout:
     return {name: Place(view.shape, view.dtype) for name, view in held.items()}
+
+
+def part_of(tensor: torch.Tensor, place: Place, rank: int) -> torch.Tensor:
+    """What a rank holds of a whole tensor."""
+    whole = tensor.reshape(place.shape)
+    return whole if place.cut is None else whole.chunk(place.parts, place.cut)[rank]
 
 
 def engine_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -135,24 +144,36 @@ def refresh(model: nn.Module) -> None:
 
 def prove(held: Mapping[str, torch.Tensor], offered: Mapping[str, torch.Tensor]) -> tuple[int, str]:
     """`compare` with what the engine holds, read back."""
-    return compare(offered, layout_of(held), checksums_in(held))
+    return compare(offered, layout_of(held), [checksums_in(held)])
 
 
-def compare(offered: Mapping[str, torch.Tensor], layout: Layout, arrived: Mapping[str, int]) -> tuple[int, str]:
-    """Compare the checksums that the engine found with those of what was sent, cast to the engine's dtypes.
+def compare(
+    offered: Mapping[str, torch.Tensor], layout: Layout, arrived: Sequence[Mapping[str, int]]
+) -> tuple[int, str]:
+    """Compare the checksums that the engine's ranks found with those of what was sent, cast to the engine's dtypes.
 
-    Returns the bytes compared and a digest over names, dtypes, shapes and checksums. Raises WeightSyncError for tensors
-    that differ.
+    Returns the bytes compared and a digest over names, dtypes, shapes and checksums of the whole tensors. Raises
+    WeightSyncError for tensors that differ.
     """
     dtypes = {name: place.dtype for name, place in layout.items()}
     sent = checksums(offered, dtypes)
-    wrong = sorted(name for name in layout if sent[name] != arrived[name])
+    wrong = set()
+    for rank, found in enumerate(arrived):
+        shared = {name: part_of(offered[name], place, rank) for name, place in layout.items() if place.cut is not None}
+        expected = sent | checksums(shared, {name: dtypes[name] for name in shared})
+        wrong |= {name for name in layout if expected[name] != found[name]}
     if wrong:
         raise WeightSyncError(
-            f"weights did not arrive in the engine: {listed('wrong', wrong)}sync again or restart the worker"
+            f"weights did not arrive in the engine: {listed('wrong', sorted(wrong))}sync again or restart the worker"
         )
     size = sum(place.shape.numel() * place.dtype.itemsize for place in layout.values())
     return size, digest((name, dtypes[name], tuple(offered[name].shape), sent[name]) for name in layout)
+
+
+def settle(held: Mapping[str, torch.Tensor]) -> None:
+    """Wait for all streams of the engine's device, so that no forward pass sees weights of two versions."""
+    if any(view.is_cuda for view in held.values()):
+        torch.cuda.synchronize()
 
 
 def checksums_in(held: Mapping[str, torch.Tensor]) -> dict[str, int]:

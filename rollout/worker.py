@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deltarl.rollout import engine, sync
+from deltarl.rollout import engine, ranks, sync
 from deltarl.rollout.engine import EngineError
 from deltarl.rollout.refusals import check_servable, explained
-from deltarl.rollout.sync import (
-    HALF_WAY,
-    NO_WEIGHTS,
-    checksums_in,
-    collect,
-    compare,
-    engine_tensors,
-    layout_of,
-    match,
-    refresh,
-)
+from deltarl.rollout.sync import HALF_WAY, NO_WEIGHTS, collect, compare, layout_of, match
 from deltarl.rollout.types import CHECKED_EVERY, Request, RolloutWorker, SyncReport, Trace, WeightSyncError, goes_round
 
 if TYPE_CHECKING:
@@ -169,36 +159,30 @@ class VllmWorker(RolloutWorker):
         match(offered, layout)
         self.begin_sync()
         sync.write(offered, held)
-        size, digest = compare(offered, layout, self.arrived())
+        size, digest = compare(offered, layout, self.on_ranks(ranks.arrived))
         self.end_sync(version)
         return SyncReport(version, len(held), size, time.perf_counter() - began, digest)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The engine's memory by checkpoint name, to write into between `begin_sync` and `arrived`."""
-        return engine_tensors(self.model)
+        """The memory of an engine of one rank by checkpoint name."""
+        (held,) = self.on_ranks(lambda worker: ranks.rank_of(worker).held)
+        return held
+
+    def on_ranks(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What a function returns that is called in each of the engine's ranks with vLLM's worker and the arguments."""
+        return self.llm.llm_engine.collective_rpc(function, args=arguments)
 
     def begin_sync(self) -> None:
         """From here on until `end_sync` the weights are of no version, and nothing can be drawn."""
         self._awake("weights")
         self.broken = HALF_WAY
-        self._settle()
-
-    def arrived(self) -> dict[str, int]:
-        """Have the engine refresh what it derives from its weights; the checksum of each of them, by name."""
-        refresh(self.model)
-        self._settle()
-        return checksums_in(self.tensors())
+        self.on_ranks(ranks.still)
 
     def end_sync(self, version: int) -> None:
         """Go on with the weights that were written, under their version."""
         self._drop_cached_prefixes()
         self.version, self.broken = version, None
         self._mark_version()
-
-    def _settle(self) -> None:
-        """Wait for all streams of the engine's device, so that no forward pass sees weights of two versions."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
     def sleep(self, keep_weights: bool = False) -> None:
         if self._running:
@@ -261,6 +245,7 @@ def make_worker(
     hang_seconds: float = 120.0,
     max_restarts: int = 3,
     sleep: bool = False,
+    tensor_parallel: int = 1,
 ) -> RolloutWorker:
     """A worker that serves a model folder (any Hugging Face causal LM, or a Kimi Linear hybrid in Moonshot's layout).
 
@@ -270,6 +255,7 @@ def make_worker(
     placement: "colocated", the engine in this process, or "process", in one of its own, on this process's card `gpu`
     (None: the current one), replaced up to max_restarts times when it dies or says nothing for hang_seconds.
     sleep: whether it can give its memory to others for a while; on a GPU.
+    tensor_parallel: cards that share the engine's model, from `gpu` on; with placement "process".
     Raises ValueError for an unknown engine or placement, and EngineError: vLLM missing or out of range, no model in
     the folder, one that the engine cannot serve, or something the engine cannot do.
     """
@@ -292,8 +278,11 @@ def make_worker(
         "gpu_memory_utilization": gpu_memory_utilization,
         "seed": seed,
         "enable_sleep_mode": sleep,
+        "tensor_parallel_size": tensor_parallel,
     }
     if placement == "colocated":
+        if tensor_parallel > 1:
+            raise EngineError(f"tensor_parallel = {tensor_parallel} needs placement process: this one has one card")
         return VllmWorker(model_path, **options)
     from deltarl.rollout.remote import RemoteWorker, first_card
 

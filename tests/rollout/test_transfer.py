@@ -1,14 +1,14 @@
 """Buckets: every element travels once, in bounded memory, and lands where it belongs."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from deltarl.rollout.sync import layout_of
-from deltarl.rollout.transfer import FileMemory, anonymous_file, attach, pack, plan_buckets, unpack
+from deltarl.rollout.sync import Place, checksums_in, compare, layout_of, part_of
+from deltarl.rollout.transfer import FileMemory, attach, pack, plan_buckets, unpack
+from deltarl.rollout.types import WeightSyncError
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -60,16 +60,42 @@ def test_what_is_packed_arrives_in_the_engine_s_dtype_and_shape(most) -> None:
     assert not store[::2].any()
 
 
+@pytest.mark.parametrize("most", [64, 1 << 20])
+def test_ranks_take_their_parts(most) -> None:
+    offered = {name: tensor for name, tensor in tensors().items() if name not in ("scalar", "one", "vector")}
+    cuts = {"matrix": 0, "conv": None, "wide": 1}
+    offered["matrix"] = offered["matrix"][:18]
+    layout = {
+        name: Place(tensor.shape, tensor.dtype, cuts[name], 1 if cuts[name] is None else 3)
+        for name, tensor in offered.items()
+    }
+    plan = plan_buckets(layout, most)
+    memory = torch.zeros(plan.bytes, dtype=torch.uint8)
+    expected = [{name: part_of(offered[name], layout[name], rank) for name in offered} for rank in range(3)]
+    assert expected[2]["matrix"].shape == (6, 23) and expected[0]["wide"].shape == (2, 30)
+    held = [{name: torch.zeros_like(part) for name, part in parts.items()} for parts in expected]
+    for bucket in plan.buckets:
+        pack(bucket, memory, layout, offered)
+        for rank in range(3):
+            unpack(bucket, memory, layout, held[rank], rank)
+    torch.testing.assert_close(held, expected, rtol=0, atol=0)
+    arrived = [checksums_in(parts) for parts in held]
+    size, _ = compare(offered, layout, arrived)
+    assert size == sum(tensor.nbytes for tensor in offered.values())
+    with pytest.raises(WeightSyncError, match="wrong matrix, wide;"):
+        compare(offered, layout, arrived[::-1])
+
+
 def test_another_process_sees_the_memory() -> None:
-    file = anonymous_file()
-    memory = FileMemory(file, 4096)
+    memory = FileMemory(None, 4096)
     code = (
-        "import sys; from deltarl.rollout.transfer import attach; memory = attach(int(sys.argv[1]), 4096); "
+        "import sys; from deltarl.rollout.transfer import attach; memory = attach(sys.argv[1], 4096); "
         "assert memory.tensor[:3].tolist() == [7, 8, 9]; memory.tensor[4095] = 5"
     )
     memory.tensor[:3] = torch.tensor([7, 8, 9])
-    subprocess.run([sys.executable, "-P", "-c", code, str(file)], pass_fds=[file], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code, memory.handle], check=True)
     assert memory.tensor[4095] == 5
-    assert attach(file, 4096).tensor[4095] == 5
+    again = attach(memory.handle, 4096)
     memory.release()
-    os.close(file)
+    assert again.tensor[4095] == 5
+    again.release()

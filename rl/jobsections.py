@@ -152,11 +152,12 @@ class RolloutConfig(Section):
     hang_seconds: float = Field(120.0, gt=0, description="placement process: an engine silent for so long is replaced")
     max_restarts: int = Field(3, ge=0, description="placement process: engines that a run may start after the first")
     sleep: bool = Field(False, description="the engine gives its memory to the learner while that learns; on a GPU")
+    replay_routing: bool = Field(False, description="the learner's tokens go to the experts that the engine chose")
 
     @model_validator(mode="after")
     def _placement_fits(self) -> RolloutConfig:
-        if self.engine == "hf" and (self.sleep or self.placement == "process"):
-            raise ValueError("engine = hf has neither placement = process nor sleep: use engine = vllm")
+        if self.engine == "hf" and (self.sleep or self.placement == "process" or self.replay_routing):
+            raise ValueError("engine = hf has no placement = process, sleep or replay_routing: use engine = vllm")
         if self.gpu is not None and self.placement == "colocated":
             raise ValueError(f"gpu = {self.gpu} needs placement = process: a colocated engine has the learner's card")
         return self

@@ -154,6 +154,7 @@ def open_engine(job: Job, path: str) -> RolloutWorker:
             hang_seconds=rollout.hang_seconds,
             max_restarts=rollout.max_restarts,
             sleep=rollout.sleep,
+            record_routing=rollout.replay_routing,
         )
     except ValueError as error:
         raise UserError(f"rollout: {error}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -257,6 +257,8 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         scored_rows: dict[int, tuple[Tensor, Tensor | None]] = {}
         for pack, _ in shares(make_packs(traces, range(len(traces)), self.job.rl.token_budget)):
             pack = pack.to(self.accelerator.device)
+            if model is self.ref_model:  # the reference is a policy of its own, with its own choice of experts
+                pack = replace(pack, routing=None)
             with self.accelerator.autocast():
                 scored = packed_logprobs(model, pack, temperature=self.job.rl.temperature, hidden=critic is not None)
                 found = None if critic is None else critic(pack, scored.hidden).cpu()

@@ -152,6 +152,7 @@ class RolloutConfig(Section):
     hang_seconds: float = Field(120.0, gt=0, description="placement process: an engine silent for so long is replaced")
     max_restarts: int = Field(3, ge=0, description="placement process: engines that a run may start after the first")
     sleep: bool = Field(False, description="the engine gives its memory to the learner while that learns; on a GPU")
+    tensor_parallel: int = Field(1, ge=1, description="placement process: cards that share the engine's model")
     replay_routing: bool = Field(False, description="the learner's tokens go to the experts that the engine chose")
 
     @model_validator(mode="after")
@@ -160,6 +161,8 @@ class RolloutConfig(Section):
             raise ValueError("engine = hf has no placement = process, sleep or replay_routing: use engine = vllm")
         if self.gpu is not None and self.placement == "colocated":
             raise ValueError(f"gpu = {self.gpu} needs placement = process: a colocated engine has the learner's card")
+        if self.tensor_parallel > 1 and self.placement == "colocated":
+            raise ValueError(f"tensor_parallel = {self.tensor_parallel} needs placement = process")
         return self
 
 

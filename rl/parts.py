@@ -154,6 +154,7 @@ def open_engine(job: Job, path: str) -> RolloutWorker:
             hang_seconds=rollout.hang_seconds,
             max_restarts=rollout.max_restarts,
             sleep=rollout.sleep,
+            tensor_parallel=rollout.tensor_parallel,
             record_routing=rollout.replay_routing,
         )
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ import torch
 
 from deltarl.rollout import engine, ranks, sync
 from deltarl.rollout.engine import EngineError
-from deltarl.rollout.refusals import check_servable, explained
+from deltarl.rollout.refusals import check_routed, check_servable, explained
+from deltarl.rollout.routing import RoutingRecorder
 from deltarl.rollout.sync import HALF_WAY, NO_WEIGHTS, collect, compare, layout_of, match
 from deltarl.rollout.types import CHECKED_EVERY, Request, RolloutWorker, SyncReport, Trace, WeightSyncError, goes_round
 
@@ -30,14 +32,16 @@ class Run:
     name: str
     versions: list[tuple[int, int]]
 
-    def trace(self, ids: list[int], entries: Sequence[dict], finish_reason: str) -> Trace:
+    def trace(
+        self, ids: list[int], entries: Sequence[dict], finish_reason: str, routing: torch.Tensor | None = None
+    ) -> Trace:
         """The trace of the tokens drawn so far; `entries` are vLLM's, one dict of token to Logprob per token."""
         logprobs = [entry[token].logprob for token, entry in zip(ids, entries, strict=True)]
         ends = [begin for begin, _ in self.versions[1:]] + [len(ids)]
         versions: list[int] = []
         for end, (_, version) in zip(ends, self.versions, strict=True):
             versions += [version] * (min(end, len(ids)) - len(versions))
-        return self.request.trace(ids, logprobs, versions, finish_reason)
+        return self.request.trace(ids, logprobs, versions, finish_reason, routing)
 
 
 class VllmWorker(RolloutWorker):
@@ -51,10 +55,15 @@ class VllmWorker(RolloutWorker):
         max_model_len: int,
         max_num_seqs: int,
         gpu_memory_utilization: float,
+        record_routing: bool = False,
         **options,
     ) -> None:
         engine.check_vllm_version()
         check_servable(model_path)
+        if record_routing:
+            check_routed(model_path)
+            options["additional_config"] = {"record_routing": True}
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the recorder reads the batches of the first
         self.max_model_len = max_model_len
         self.end_tokens = engine.end_tokens(model_path)
         self.broken: str | None = None
@@ -69,6 +78,7 @@ class VllmWorker(RolloutWorker):
                 gpu_memory_utilization=gpu_memory_utilization,
                 **options,
             )
+        self.routing = RoutingRecorder(self._runner) if record_routing else None
 
     @property
     def running(self) -> Collection[str]:
@@ -115,7 +125,8 @@ class VllmWorker(RolloutWorker):
         for output in self.llm.llm_engine.step() if self._running else ():
             completion = output.outputs[0]
             run = self._running.pop(output.request_id)
-            trace = run.trace(list(completion.token_ids), completion.logprobs, completion.finish_reason)
+            ids = list(completion.token_ids)
+            trace = run.trace(ids, completion.logprobs, completion.finish_reason, self._routing(run, ids))
             ended.append((output.request_id, trace))
         stuck = [name for name, run in self._running.items() if self._goes_round(run)]
         if stuck:
@@ -134,11 +145,21 @@ class VllmWorker(RolloutWorker):
     def suspend(self, ids: Iterable[str] | None = None) -> list[tuple[str, Trace]]:
         wanted = self._running.keys() if ids is None else set(ids)
         runs = [run for name, run in self._running.items() if name in wanted]
-        traces = [(run.request.id, run.trace(*self._drawn(run), "suspended")) for run in runs]
+        traces = [(run.request.id, self._suspended(run)) for run in runs]
         self.llm.llm_engine.abort_request([run.name for run in runs], internal=True)
         for run in runs:
             del self._running[run.request.id]
         return traces
+
+    def _suspended(self, run: Run) -> Trace:
+        ids, entries = self._drawn(run)
+        return run.trace(ids, entries, "suspended", self._routing(run, ids))
+
+    def _routing(self, run: Run, drawn: list[int]) -> torch.Tensor | None:
+        """The experts of all tokens of a request that ends."""
+        if self.routing is None:
+            return None
+        return self.routing.take(run.name, len(run.request.read) + len(drawn))
 
     def _drawn(self, run: Run) -> tuple[list[int], Sequence[dict]]:
         """Tokens and their logprob entries that the engine has handed out for a running request."""
@@ -221,7 +242,11 @@ class VllmWorker(RolloutWorker):
     @property
     def model(self) -> torch.nn.Module:
         """The engine's model."""
-        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        return self._runner.get_model()
+
+    @property
+    def _runner(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -246,6 +271,7 @@ def make_worker(
     max_restarts: int = 3,
     sleep: bool = False,
     tensor_parallel: int = 1,
+    record_routing: bool = False,
 ) -> RolloutWorker:
     """A worker that serves a model folder (any Hugging Face causal LM, or a Kimi Linear hybrid in Moonshot's layout).
 
@@ -256,6 +282,7 @@ def make_worker(
     (None: the current one), replaced up to max_restarts times when it dies or says nothing for hang_seconds.
     sleep: whether it can give its memory to others for a while; on a GPU.
     tensor_parallel: cards that share the engine's model, from `gpu` on; with placement "process".
+    record_routing: traces say which experts their tokens went to; for a mixture of experts.
     Raises ValueError for an unknown engine or placement, and EngineError: vLLM missing or out of range, no model in
     the folder, one that the engine cannot serve, or something the engine cannot do.
     """
@@ -264,6 +291,8 @@ def make_worker(
     if engine == "hf":
         from deltarl.rollout.hf_worker import HfWorker
 
+        if record_routing:
+            raise EngineError("engine hf does not record the choice of experts: use engine vllm")
         if sleep or placement == "process":
             raise EngineError("engine hf runs in this process and keeps its memory: use engine vllm")
         return HfWorker(model_path, dtype=dtype, max_model_len=max_model_len)
@@ -279,6 +308,7 @@ def make_worker(
         "seed": seed,
         "enable_sleep_mode": sleep,
         "tensor_parallel_size": tensor_parallel,
+        "record_routing": record_routing,
     }
     if placement == "colocated":
         if tensor_parallel > 1:

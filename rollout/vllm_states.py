@@ -129,6 +129,8 @@ class LayerStates(MambaBase):
     """
 
     def __init__(self, config, vllm_config: VllmConfig, prefix: str) -> None:
+        if vllm_config.cache_config.enable_prefix_caching:
+            raise ValueError("states of linear attention are kept at a sequence's end only: leave prefix caching off")
         self.config, self.vllm_config, self.prefix = config, vllm_config, prefix
         self.kv_cache: tuple[torch.Tensor, ...] = ()
         vllm_config.compilation_config.static_forward_context[prefix] = self

@@ -1,6 +1,7 @@
 """vLLM on one GPU against the trainer's model: parity before and after three syncs, speed, start time, for every arm.
 
 Run by hand:  python tests/gpu/rollout_gpu.py [kda mla moe] [--log FOLDER] [--limit SECONDS] [--tokens N] [--at-once]
+With as many GPUs, --ranks N shares the engine's model among N of them.
 Each arm runs in a process of its own, and a failed or late one does not stop the others. Its rows go to ARM.txt of the
 log folder as they come, what vLLM says to ARM.log. --at-once: all arms beside each other, whose speeds say little then.
 DELTARL_VLLM_MODEL=vllm has vLLM's own class serve.
@@ -26,7 +27,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from deltarl.model import build_model, checkpoint_tensors, save_checkpoint
-from deltarl.rollout import Sampling, SyncReport, Trace
+from deltarl.rollout import RolloutWorker, Sampling, SyncReport, Trace, make_worker
 from deltarl.rollout.worker import VllmWorker
 
 MOE = {
@@ -87,7 +88,15 @@ def compare(arm: str, weights: str, model, traces: list[Trace], note: str) -> Ro
     return Row(arm, weights, first.float().mean().item(), gap.mean().item(), gap.max().item(), floor, note)
 
 
-def run(arm: str, tokens: int) -> Iterator[Row]:
+def engine(folder: Path, ranks: int) -> RolloutWorker:
+    options = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": SEQUENCES, "gpu_memory_utilization": 0.1}
+    if ranks > 1:
+        return make_worker(folder, placement="process", tensor_parallel=ranks, gpu=0, **options)
+    # measured free memory means little where several engines start
+    return VllmWorker(folder, seed=0, kv_cache_memory_bytes=CACHE_BYTES, **options)
+
+
+def run(arm: str, tokens: int, ranks: int) -> Iterator[Row]:
     plan, overrides = ARMS[arm]
     torch.manual_seed(0)
     master = build_model(plan, "30m", vocab_size=VOCAB, **overrides).cuda().eval()
@@ -97,15 +106,7 @@ def run(arm: str, tokens: int) -> Iterator[Row]:
     save_checkpoint(master, tokenizer, folder)
 
     began = time.perf_counter()
-    worker = VllmWorker(
-        folder,
-        dtype="bfloat16",
-        max_model_len=1024,
-        max_num_seqs=SEQUENCES,
-        gpu_memory_utilization=0.1,
-        kv_cache_memory_bytes=CACHE_BYTES,  # measured free memory means little where several engines start
-        seed=0,
-    )
+    worker = engine(folder, ranks)
     start = time.perf_counter() - began
     worker.generate([[1, 2, 3]], GREEDY, seeds=[0])
     first = time.perf_counter() - began
@@ -150,8 +151,9 @@ def line(row: Row) -> str:
     )
 
 
-def start(arm: str, folder: Path, limit: int, tokens: int) -> subprocess.Popen:
-    command = ["timeout", str(limit), sys.executable, "-P", __file__, "--arm", arm, "--tokens", str(tokens)]
+def start(arm: str, folder: Path, args: argparse.Namespace) -> subprocess.Popen:
+    command = ["timeout", str(args.limit), sys.executable, "-P", __file__, "--arm", arm]
+    command += ["--tokens", str(args.tokens), "--ranks", str(args.ranks)]
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "ROWS": str(folder / f"{arm}.txt")}
     with (folder / f"{arm}.log").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -163,11 +165,12 @@ def main() -> int:
     parser.add_argument("--log", help="folder for the rows and for what vLLM says, two files an arm")
     parser.add_argument("--limit", type=int, default=240, help="seconds for an arm")
     parser.add_argument("--tokens", type=int, default=512, help="for each of the sequences whose speed is measured")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs that share the engine's model")
     parser.add_argument("--at-once", action="store_true", help="all arms beside each other")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
-        for row in run(args.arm, args.tokens):
+        for row in run(args.arm, args.tokens, args.ranks):
             with open(os.environ["ROWS"], "a") as rows:
                 print(line(row), file=rows, flush=True)
         return 0
@@ -175,7 +178,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     processes = {}
     for arm in args.arms:  # vLLM captures CUDA graphs for one engine a process
-        processes[arm] = start(arm, folder, args.limit, args.tokens)
+        processes[arm] = start(arm, folder, args)
         if not args.at_once:
             processes[arm].wait()
     failed = 0

@@ -64,7 +64,8 @@ class RlRow(TypedDict, total=False):
     sampled token in nats; `is_ratio_mean` and `is_ess` are mean and effective sample size (a share) of the importance
     weights; `update_kl` is the KL of the policy before the step's updates to the one they made, mean over the updates;
     `time` maps phase to seconds, `verdicts` maps status to count, `parts` each part of a combined verifier to its mean
-    score.
+    score. `skipped` counts the step's updates that were left out because loss or gradient were not finite; `loss` is the
+    mean over the others, null without any.
 
     PPO: `value_loss`, `critic_grad_norm`, and `explained_variance` of the returns by the values before the updates.
     Kimi: `tau`, as the step used it, `minibatches`, and `length_reward`, its mean. `ptx_loss` in nats per supervised
@@ -99,7 +100,8 @@ class RlRow(TypedDict, total=False):
     curriculum_success: float
     clip_ratio: float
     grad_norm: float
-    loss: float
+    loss: float | None
+    skipped: int
     learning_rate: float
     weight_version: int
     tokens_generated: int

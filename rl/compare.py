@@ -1,4 +1,4 @@
-"""`deltarl compare`: the same job for several arms and seeds, one process each, and one picture of all curves."""
+"""`deltarl compare`: the same job for several arms or variants and seeds, one process each, and one picture of all."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ EXIT_INTERRUPTED = 130
 
 
 def compare(path: str, overrides: list[str], *, dry_run: bool = False) -> Path | None:
-    """Run every arm and seed of a comparison file, then write its report; runs already complete are kept.
+    """Run every arm or variant and seed of a comparison file, then write its report; runs already complete are kept.
 
-    The runs differ in `model.arm` and `seed` alone; a seed fixes problems, their order, the SFT mix and sampling
-    seeds for every arm. Returns the report, None with `dry_run`.
+    The runs differ in `model.arm`, or in what the variants set, and `seed` alone; a seed fixes problems, their order,
+    the SFT mix and sampling seeds for all of them. Returns the report, None with `dry_run`.
 
     Raises:
         UserError: the file or a run's job cannot be used, or a run failed.
@@ -33,16 +33,19 @@ def compare(path: str, overrides: list[str], *, dry_run: bool = False) -> Path |
     check_arms(comparison, path)
     folder = Path(comparison.runs_dir) / comparison.name
     jobs = {
-        (arm, seed): arm_job(comparison, Path(path), arm, seed) for arm in comparison.arms for seed in comparison.seeds
+        (name, seed): job_of(comparison, Path(path), name, seed)
+        for name in comparison.entries
+        for seed in comparison.seeds
     }
     if dry_run:
         print("---\n".join(dump_job(job) for job in jobs.values()), end="")
         return None
-    for number, ((arm, seed), job) in enumerate(jobs.items(), start=1):
-        tqdm.write(f"== run {number} of {len(jobs)}: arm {arm}, seed {seed}", file=sys.stderr)
-        train_arm(job, folder / job.name, f"deltarl compare {path}")
-    arms = {arm: [folder / jobs[arm, seed].name for seed in comparison.seeds] for arm in comparison.arms}
-    report = write_comparison(folder, arms)
+    for number, ((name, seed), job) in enumerate(jobs.items(), start=1):
+        tqdm.write(f"== run {number} of {len(jobs)}: {name}, seed {seed}", file=sys.stderr)
+        train_one(job, folder / job.name, f"deltarl compare {path}")
+    runs = {name: [folder / jobs[name, seed].name for seed in comparison.seeds] for name in comparison.entries}
+    varied = {key for keys in comparison.entries.values() for key, _ in flat(keys)}
+    report = write_comparison(folder, runs, varied)
     tqdm.write(f"report: {report}", file=sys.stderr)
     return report
 
@@ -65,21 +68,20 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
-def arm_job(comparison: Comparison, path: Path, arm: str, seed: int) -> Job:
-    """The job of one arm and seed: the base job with the comparison's overrides, in the comparison's folder."""
+def job_of(comparison: Comparison, path: Path, name: str, seed: int) -> Job:
+    """The job of one arm or variant and seed: the base job with the overrides, in the comparison's folder."""
     base = path.parent / comparison.base
     values = read_yaml(base)
-    for key, value in flat(comparison.set):
+    for key, value in flat(comparison.set | comparison.entries[name]):
         set_key(values, key, value)
-    set_key(values, "model.arm", arm)
-    values |= {"seed": seed, "name": f"{arm}-s{seed}", "runs_dir": str(Path(comparison.runs_dir) / comparison.name)}
+    values |= {"seed": seed, "name": f"{name}-s{seed}", "runs_dir": str(Path(comparison.runs_dir) / comparison.name)}
     job = validate(Job, values, f"{path} over {base}")
-    if job.model.path is not None:
+    if job.model.path is not None and comparison.arms:
         raise UserError(f"{base}: model.path fixes the architecture; leave it out to compare arms")
     return job
 
 
-def train_arm(job: Job, folder: Path, command: str) -> None:
+def train_one(job: Job, folder: Path, command: str) -> None:
     """Train one run in a process of its own, going on from `folder` where it was begun."""
     if folder.is_dir():
         record = load_run(folder)

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ FORMS = {
     "final_training_accuracy": ("{:.1f}", 100, " %"),
     "steps_to_target": ("{:.0f}", 1, ""),
 }
-MAY_DIFFER = {"name", "seed", "runs_dir", "model.arm"}
+MAY_DIFFER = {"name", "seed", "runs_dir"}
 
 
-def write_comparison(out_dir: str | Path, arms: Mapping[str, Sequence[str | Path]]) -> Path:
+def write_comparison(
+    out_dir: str | Path, arms: Mapping[str, Sequence[str | Path]], varied: Collection[str] = ("model.arm",)
+) -> Path:
     """Compare runs; `arms` maps an arm's name to its run folders, one per seed.  Returns the path of comparison.html.
 
+    varied: the keys of the job that tell the arms from one another; a difference in others is warned of.
     Beside it lie comparison.png, comparison.json (all numbers), comparison.csv (one line per run) and comparison.md
     (the table by arm).  UserError when a folder is no run, or no run has a training step.
     """
@@ -34,7 +37,7 @@ def write_comparison(out_dir: str | Path, arms: Mapping[str, Sequence[str | Path
     numbers = compare(runs)
     headings, arm_rows = _arm_table(numbers)
     notes = _notes(numbers)
-    warnings = list(_warnings(runs, numbers))
+    warnings = list(_warnings(runs, numbers, varied))
     write_atomically(out_dir / "comparison.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     write_atomically(out_dir / "comparison.csv", _csv(numbers["runs"]))
     write_atomically(out_dir / "comparison.md", _markdown(headings, arm_rows, [*warnings, *notes]))
@@ -102,9 +105,12 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"mean": sum(known) / len(known), "min": min(known), "max": max(known)} if known else None
 
 
-def _warnings(runs: Mapping[str, Sequence[RunRecord]], numbers: Mapping[str, Any]) -> Iterator[str]:
+def _warnings(
+    runs: Mapping[str, Sequence[RunRecord]], numbers: Mapping[str, Any], varied: Collection[str]
+) -> Iterator[str]:
     jobs = [_flat(run.job) for group in runs.values() for run in group]
-    keys = set().union(*jobs) - MAY_DIFFER
+    sections = {".".join(key.split(".")[:2]) for key in varied}
+    keys = {key for key in set().union(*jobs) - MAY_DIFFER if ".".join(key.split(".")[:2]) not in sections}
     if differing := sorted(key for key in keys if len({json.dumps(job.get(key), default=str) for job in jobs}) > 1):
         yield f"The jobs differ in more than arm and seed: {', '.join(differing)}."
     seeds = {arm: sorted(str(row["seed"]) for row in numbers["runs"] if row["arm"] == arm) for arm in runs}

@@ -66,14 +66,28 @@ class Job(Section):
 
 
 class Comparison(Section):
-    """`deltarl compare`: one base job, run for every arm and seed."""
+    """`deltarl compare`: one base job, run for every arm, or every variant of other keys, and every seed."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs_dir: str = "runs"
     base: str = Field(description="the job file every run starts from, relative to this file")
     set: dict[str, Any] = Field(default_factory=dict, description="dotted overrides of the base job")
-    arms: list[str] = Field(min_length=2)
+    arms: list[str] = Field(default_factory=list)
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="name: {key: value}, in place of arms"
+    )
     seeds: list[int] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _two_at_least(self) -> Comparison:
+        if bool(self.arms) == bool(self.variants) or len(self.entries) < 2:
+            raise ValueError("give arms or variants, one of them and at least two")
+        return self
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What each name under comparison sets in the base job."""
+        return self.variants or {arm: {"model.arm": arm} for arm in self.arms}
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> Job:

@@ -44,6 +44,23 @@ def test_runs_differ_in_arm_and_seed_alone(folder, capsys):
     assert len(rest) == 1
 
 
+def test_variants_differ_in_what_they_set(folder, capsys):
+    variants = {"grpo": {"rl.algorithm": "grpo"}, "ppo": {"rl.algorithm": "ppo", "rl.critic": {"kind": "head"}}}
+    Path("three.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "variants": variants, "seeds": [0, 1]}))
+    assert main(["compare", "three.yaml", "--dry-run"]) == 0
+    jobs = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [(job["name"], job["rl"]["algorithm"]) for job in jobs] == [
+        ("grpo-s0", "grpo"), ("grpo-s1", "grpo"), ("ppo-s0", "ppo"), ("ppo-s1", "ppo"),
+    ]  # fmt: skip
+    assert jobs[0]["rl"]["critic"] is None and jobs[2]["rl"]["critic"]["kind"] == "head"
+
+
+@pytest.mark.parametrize("override", ["variants.a.seed=1", "arms=[kda]", "arms=[]"])
+def test_arms_or_variants_two_at_least(folder, capsys, override):
+    assert main(["compare", "two.yaml", "--set", override]) == 2
+    assert "give arms or variants, one of them and at least two" in capsys.readouterr().err
+
+
 def test_unknown_arm_is_refused_before_any_run(folder, capsys):
     assert main(["compare", "two.yaml", "--set", "arms=[kda, rnn]"]) == 2
     assert "known arms are gdn, kda, kda-1:1, kda-7:1, mla, mla-rope" in capsys.readouterr().err

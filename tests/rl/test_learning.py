@@ -5,18 +5,21 @@ twice as often as another: it is right in 40 % of its answers, and can only find
 """
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from deltarl.rl.collect import Collector
 from deltarl.rl.interrupt import StopRequest
 from deltarl.rl.jobs import load_job
 from deltarl.rl.metrics import read_metrics
 from deltarl.rl.parts import load_data, open_algorithm, open_engine, open_host, open_model, open_source
+from deltarl.rl.ptx import PTXStream
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.train import train
-from deltarl.rl.trainer import RLTrainer
+from deltarl.rl.trainer import RLTrainer, updates_per_step
 
 ANSWERS = {"a?": "0", "b?": "3", "c?": "2", "d?": "1"}
 STEPS = 18
@@ -65,30 +68,86 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def learn(policy, worker, overrides):
-    """The rows of a run of the job with those overrides."""
+@contextmanager
+def trainer_of(policy, worker, overrides, checkpoint=None):
+    """The trainer of the bandit's job with those overrides, where RL starts or as it was in a checkpoint."""
     job = load_job("job.yaml", [f"model.path={policy}", "sft.steps=0", *overrides])
     with StopRequest() as stop, open_host(job) as host:
         data = load_data(job, host)
-        model, tokenizer = open_model(str(policy))
+        model, tokenizer = open_model(str(checkpoint or policy))
         source = open_source(job, data)
         collector = Collector(job=job, source=source, tokenizer=tokenizer, worker=worker, host=host, stop=stop)
-        run = RunFolder.create(job)
-        algorithm = open_algorithm(job, model, str(policy))
         trainer = RLTrainer(
-            model=model, tokenizer=tokenizer, job=job, collector=collector, run=run, algorithm=algorithm
+            model=model,
+            tokenizer=tokenizer,
+            job=job,
+            collector=collector,
+            run=RunFolder.create(job),
+            algorithm=open_algorithm(job, model, str(policy)),
+            ptx=PTXStream(job, data.train, tokenizer) if job.rl.ptx is not None else None,
         )
-        trainer.train()
-        run.metrics.close()
-    return [row for row in read_metrics(run.metrics.path) if row["kind"] == "rl"]
+        yield trainer
+        trainer.run.metrics.close()
+
+
+def rl_rows(trainer):
+    """What was measured in each step, without what measures time."""
+    rows = [row for row in read_metrics(trainer.run.metrics.path) if row["kind"] == "rl"]
+    return [{key: value for key, value in row.items() if key not in ("time", "tokens_per_second")} for row in rows]
+
+
+def options(settings):
+    return [f"rl.{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_learns_the_bandit(bandit, algorithm, seed):
-    overrides = [f"rl.{key}={json.dumps(value)}" for key, value in ALGORITHMS[algorithm].items()]
-    rows = learn(*bandit, [f"seed={seed}", *overrides])
+    with trainer_of(*bandit, [f"seed={seed}", *options(ALGORITHMS[algorithm])]) as trainer:
+        trainer.train()
+    rows = rl_rows(trainer)
     accuracy = [row["accuracy"] for row in rows]
     assert len(rows) == STEPS
     assert accuracy[0] < 0.6, "0.4, give or take three standard errors of 64 samples"
     assert sum(accuracy[-4:]) / 4 >= LEVEL, accuracy
+
+
+WHOLE = {
+    "ppo": {**ALGORITHMS["ppo"], "num_iterations": 2, "curriculum": {"prioritised": True}, "prompts_per_step": 2},
+    "ppo with a model": {"algorithm": "ppo", "critic": {"kind": "model"}, "num_generations": 1, "prompts_per_step": 16},
+    "kimi": {
+        **ALGORITHMS["kimi"],
+        "ptx": {"batch_size": 4, "max_length": 32, "sources": [{"name": "digits.jsonl"}]},
+        "curriculum": {"prioritised": True},
+        "prompts_per_step": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_goes_on_from_a_checkpoint_as_if_it_had_not_been_stopped(bandit, tmp_path, case):
+    """And the policy's files in that checkpoint have the policy's tensors, no critic's."""
+    policy, worker = bandit
+    overrides = ["rl.steps=4", *options(WHOLE[case])]
+    with trainer_of(policy, worker, overrides) as whole:
+
+        def after_step(step):
+            if step == 2:
+                whole.write_checkpoint(tmp_path / "2")
+            return False
+
+        whole.after_step = after_step
+        whole.train()
+    with trainer_of(policy, worker, overrides, tmp_path / "2") as second:
+        second.state.global_step = 2 * updates_per_step(second.job)
+        second.load_parts(tmp_path / "2")
+        second.train(resume_from_checkpoint=str(tmp_path / "2"))
+    assert [row["step"] for row in rl_rows(second)] == [3, 4]
+    assert rl_rows(second) == rl_rows(whole)[2:]
+    assert tensor_names(tmp_path / "2") == tensor_names(policy)
+
+
+def tensor_names(folder):
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, "pt") as tensors:
+        return set(tensors.keys())

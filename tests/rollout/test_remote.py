@@ -17,6 +17,7 @@ from test_parity import GREEDY, assert_same_function
 
 from deltarl.model import checkpoint_tensors
 from deltarl.rollout import EngineError, Request, Sampling, WeightSyncError, make_worker, remote
+from deltarl.rollout.remote import RemoteWorker
 
 SAMPLED = Sampling(temperature=0.8, max_tokens=96, ignore_eos=True)
 ENGINE = {"max_model_len": 384, "max_num_seqs": 4, "gpu_memory_utilization": 0.05}
@@ -223,6 +224,18 @@ def test_an_engine_that_was_lost_too_often_is_given_up(worker, prompts) -> None:
         worker.generate(prompts, SAMPLED, seeds=seeds(prompts))
 
 
+def test_ranks_of_an_engine_share_the_weights(model, folder, prompts, closing) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    bind = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}  # else vLLM wants a NUMA node for each rank
+    options = {"dtype": "float32", "seed": 0, "tensor_parallel_size": 2}
+    worker = RemoteWorker(folder, environment=bind, **options, **ENGINE)
+    closing.append(worker)
+    scramble(model, seed=10)
+    report = worker.sync_weights(checkpoint_tensors(model), 1)
+    assert report.bytes == sum(t.numel() * t.element_size() for _, t in checkpoint_tensors(model))
+    assert_same_function(model, worker.generate(prompts[:4], GREEDY, seeds=[0] * 4))
+
+
 ORPHAN = """
 import sys, time
 import torch
@@ -267,5 +280,7 @@ def test_what_an_engine_cannot_do_is_said_before_it_starts(folder) -> None:
         make_worker(folder, placement="elsewhere")
     with pytest.raises(EngineError, match="CPU engine cannot give its memory back"):
         make_worker(folder, placement="process", sleep=True)
+    with pytest.raises(EngineError, match="tensor_parallel = 2 needs placement process"):
+        make_worker(folder, tensor_parallel=2)
     with pytest.raises(EngineError, match="gpu is 3, but this process sees 0"):
         make_worker(folder, placement="process", gpu=3)

@@ -84,11 +84,11 @@ def gradient(loss, batch):
     return found
 
 
-NORMALISATION = {"grpo": "sequence", "dr_grpo": "length", "dapo": "token", "cispo": "token"}
+NORMALISATION = {"grpo": "sequence", "dr_grpo": "length", "dapo": "token", "bnpo": "token", "cispo": "token"}
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo"])
+@pytest.mark.parametrize("loss_type", NORMALISATION)
 def test_equals_trl(batch, loss_type, level):
     """The same number and the same gradient, with a KL term and importance weights on it."""
     weights = correction_weights(batch.old, batch.sampler, MASK, "token_truncate", cap=1.05)

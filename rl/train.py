@@ -150,7 +150,7 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
         source = open_source(job, data)
         collector = Collector(job=job, source=source, tokenizer=tokenizer, worker=worker, host=host, stop=stop)
         trainer = open_trainer(job, folder, data, start, model, tokenizer, collector)
-        worker.weights = trainer.weights if processes() == 1 else None
+        worker.weights, worker.keep_weights = trainer.weights, processes() > 1
         worker.on_restart = lambda line: folder.event("engine restarted", trainer.rl_step, line)
         run_rl(trainer, data, updates, checkpoint)
     finally:

@@ -25,8 +25,9 @@ class RemoteWorker(RolloutWorker):
     twice, for of a request that has not ended nobody has seen a token. Equal seeds give equal tokens: as long as the
     weights are the same, a completion is the one that it would have been.
 
-    A new process gets its weights from `weights`. Where that is None, `sync_weights` must be called after a loss, and
-    calls before it raise WeightSyncError, unless no weights were synced before: then they are the folder's.
+    A new process gets its weights from the copy that `keep_weights` has made, or else from `weights`. Without either,
+    `sync_weights` must be called after a loss, and calls before it raise WeightSyncError, unless no weights were synced
+    before: then they are the folder's.
 
     While the engine sleeps, one that was lost is replaced only when it is wanted, so as not to take memory.
     """
@@ -49,6 +50,7 @@ class RemoteWorker(RolloutWorker):
         self.asleep = False
         self.synced = False
         self.memory: SharedMemory | None = None
+        self._kept: dict[str, torch.Tensor] = {}
         arguments = {"model_path": str(model_path), "max_model_len": max_model_len, **options}
         self.engine = Supervisor(arguments, environment or {}, hang_seconds, max_restarts)
         try:
@@ -111,6 +113,8 @@ class RemoteWorker(RolloutWorker):
                 break
             except EngineLost:
                 continue
+        if self.keep_weights:
+            self._keep(offered)
         return SyncReport(version, len(self.layout), size, time.perf_counter() - began, digest)
 
     def _transfer(self, offered: dict[str, torch.Tensor], version: int) -> tuple[int, str]:
@@ -134,18 +138,25 @@ class RemoteWorker(RolloutWorker):
         self.version, self.broken, self.synced = version, None, True
         return size, digest
 
+    def _keep(self, offered: dict[str, torch.Tensor]) -> None:
+        for name, place in self.layout.items():
+            if name not in self._kept:
+                self._kept[name] = torch.empty(place.shape, dtype=place.dtype)
+            self._kept[name].copy_(offered[name].detach().reshape(place.shape))
+
     def _restore(self) -> None:
         """Have an engine with the current weights, and with all requests that run."""
         while True:
             self._want()
-            if self.broken and not (self.engine.fresh and self.weights):
+            source = (lambda: (self._kept.items(), self.version)) if self._kept else self.weights
+            if self.broken and not (self.engine.fresh and source):
                 raise WeightSyncError(self.broken)
             if not self.engine.fresh:
                 return
             generation = self.engine.generation
             try:
-                if self.weights is not None:
-                    named, version = self.weights()
+                if source is not None:
+                    named, version = source()
                     offered = collect(named)
                     match(offered, self.layout)
                     self._transfer(offered, version)

@@ -138,12 +138,15 @@ class RolloutWorker(abc.ABC):
 
     max_model_len: prompt and completion tokens of a sequence at most. version: of the weights served (0: the folder's).
     weights: the weights that the engine should have now, as `sync_weights` takes them, for an engine that replaces a
-    lost one; to be set by whoever has them. on_restart: told in one line when that has happened.
+    lost one; to be set by whoever has them, if they can be read whenever this worker is called. keep_weights: have such
+    an engine keep a copy of those synced last in the host's memory instead. on_restart: told in one line when an
+    engine was replaced.
     """
 
     max_model_len: int
     version: int = 0
     weights: Callable[[], tuple[Iterable[tuple[str, torch.Tensor]], int]] | None = None
+    keep_weights: bool = False
     on_restart: Callable[[str], None] | None = None
 
     def generate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +97,10 @@ class Algorithm:
         values = critic_loss(self.rl, batch, tally)
         return loss + values if self.learns_policy(step) else values
 
-    def after_update(self, average: Callable[[Tensor, str], Tensor]) -> None:
-        """The critic's own optimizer step; average(tensor, "mean") is over the processes of the run."""
+    def after_update(self) -> None:
+        """The critic's own optimizer step. Collective."""
         if self.critic is not None:
-            self._measured["critic_grad_norm"] = self.critic.update(self.rl.max_grad_norm, average)
+            self._measured["critic_grad_norm"] = self.critic.update(self.rl.max_grad_norm)
 
     def after_step(self, tallied: Mapping[str, float]) -> dict[str, float]:
         """Adapt to what was tallied in a step; what there is to add to it."""

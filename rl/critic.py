@@ -6,7 +6,6 @@ model files ever hold them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from deltarl.rl.algorithmsections import CriticConfig
 from deltarl.rl.forward import packed_states
 from deltarl.rl.packing import Pack
+from deltarl.rl.sharding import summed
 
 
 class Critic(nn.Module):
@@ -44,14 +44,14 @@ class Critic(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             return self.head(states.float()).squeeze(-1)
 
-    def update(self, max_grad_norm: float, average: Callable[[Tensor, str], Tensor]) -> float:
-        """One optimizer step on the gradients gathered so far, their norm. Gradients that are not finite are dropped.
+    def update(self, max_grad_norm: float) -> float:
+        """One optimizer step on the gradients gathered so far, of all processes together; their norm. Collective.
 
-        average(gradient, "mean"): over the processes of the run.
+        Gradients that are not finite are dropped.
         """
         given = [parameter for parameter in self.parameters() if parameter.grad is not None]
         for parameter in given:
-            parameter.grad = average(parameter.grad, "mean")
+            parameter.grad = summed(parameter.grad)
         norm = nn.utils.clip_grad_norm_(given, max_grad_norm)
         if norm.isfinite():
             self.optimizer.step()

@@ -163,7 +163,7 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         learners = [model, *([] if self.algorithm.critic is None else [self.algorithm.critic])]
         if losses and self.guard.passes(learners, loss):
             self._tally.mean("loss", loss.view(1, 1), torch.ones_like(loss).view(1, 1))
-            self.algorithm.after_update(self.accelerator.reduce)
+            self.algorithm.after_update()
         elif losses:
             self._tally = before
             self._skip()

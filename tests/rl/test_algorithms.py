@@ -95,7 +95,7 @@ def test_state_is_carried_over_a_stop(make):
     if first.critic is not None:
         known = scores(values=torch.zeros(4, 4))
         first.critic(None, torch.ones(3, 8)).sum().backward()
-        first.after_update(lambda gradient, how: gradient)
+        first.after_update()
     first.begin(batch(), known, 0)
     first.after_step({"update_kl": 0.5})
     file = io.BytesIO()

@@ -35,7 +35,7 @@ class Batch:
 
     samples: list[Sample]
     group: int
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rewards(self) -> torch.Tensor:

@@ -18,6 +18,8 @@ LEAST_WEIGHT = 0.02
 class ProblemSource(Protocol):
     """Gives problems, is told how they went, and can be put back to where it stood."""
 
+    problems: Sequence[Problem]
+
     def next_problems(self, n: int) -> list[Problem]: ...
 
     def report(self, problem_id: str, successes: int, n: int) -> None: ...

@@ -56,6 +56,20 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _modes_fit(self) -> Job:
+        partial, longest = self.rollout.partial_tokens, self.rl.max_completion_length
+        if partial is not None and partial >= longest:
+            raise ValueError(
+                f"rollout.partial_tokens = {partial} cuts nothing off rl.max_completion_length = {longest}: set it "
+                "lower, or to null"
+            )
+        if self.rollout.dynamic_sampling and self.rl.num_generations == 1:
+            raise ValueError(
+                "rollout.dynamic_sampling drops every group of rl.num_generations = 1; set it to 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sequences_fit(self) -> Job:
         if self.rl.token_budget < self.rollout.max_model_len:
             raise ValueError(

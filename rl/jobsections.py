@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deltarl.rl.algorithmsections import CriticConfig, CurriculumConfig, KimiConfig, PTXConfig, check_algorithm
 from deltarl.rl.losses.correction import Correction
+from deltarl.rl.rolloutsections import Modes
 from deltarl.rl.section import Section
 
 OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
@@ -138,7 +139,7 @@ class RewardsConfig(Section):
     memory_mb: int = Field(2048, ge=64)
 
 
-class RolloutConfig(Section):
+class RolloutConfig(Modes):
     """The engine that samples traces."""
 
     engine: Literal["vllm", "hf"] = "vllm"
@@ -163,6 +164,19 @@ class RolloutConfig(Section):
             raise ValueError(f"gpu = {self.gpu} needs placement = process: a colocated engine has the learner's card")
         if self.tensor_parallel > 1 and self.placement == "colocated":
             raise ValueError(f"tensor_parallel = {self.tensor_parallel} needs placement = process")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> RolloutConfig:
+        if self.engine == "hf" and self.max_staleness:
+            raise ValueError(
+                f"engine = hf has the learner's random generator, max_staleness = {self.max_staleness} needs its "
+                "own: use vllm"
+            )
+        if self.sleep and self.max_staleness:
+            raise ValueError(
+                f"sleep = true stops the engine, max_staleness = {self.max_staleness} has it run on: choose one"
+            )
         return self
 
 

@@ -25,7 +25,7 @@ from deltarl.rl.errors import UserError
 
 KINDS = ("run", "sft", "rl", "eval", "event")
 STATUSES = ("correct", "incorrect", "no_answer", "timeout", "error", "limit", "gold_error")
-PHASES = ("generate", "sync", "verify", "logprobs", "update", "other")
+PHASES = ("generate", "wait", "sync", "verify", "logprobs", "update", "other")
 
 Stage = Literal["sft", "rl"]
 Row = dict[str, Any]
@@ -70,6 +70,14 @@ class RlRow(TypedDict, total=False):
     PPO: `value_loss`, `critic_grad_norm`, and `explained_variance` of the returns by the values before the updates.
     Kimi: `tau`, as the step used it, `minibatches`, and `length_reward`, its mean. `ptx_loss` in nats per supervised
     token. A curriculum: the share of the problems admitted, and the mean success rate of those tried.
+
+    `tokens_drawn` counts what the engine drew for the step, dropped and unfinished completions included, and
+    `tokens_per_second` divides it by the seconds in which it had something to draw. `overlap` has `engine_idle`, the
+    share of the time since the last batch in which it had not, and `verify_hidden`, the seconds of drawing in which a
+    verdict was awaited as well. With `rollout.dynamic_sampling`: `groups_dropped`, and `accuracy_drawn` with them. With
+    partial or asynchronous rollouts: `staleness_*`, the learner's version minus that of each token, and
+    `groups_carried`, the groups left in flight. With `rollout.stop_repetition`: `repeated`, the share of completions
+    that were stopped.
     """
 
     kind: Literal["rl"]
@@ -109,6 +117,14 @@ class RlRow(TypedDict, total=False):
     verdicts: dict[str, int]
     parts: dict[str, float]
     time: dict[str, float]
+    tokens_drawn: int
+    overlap: dict[str, float]
+    groups_dropped: int
+    accuracy_drawn: float
+    staleness_mean: float
+    staleness_max: int
+    groups_carried: int
+    repeated: float
 
 
 class EvalRow(TypedDict, total=False):

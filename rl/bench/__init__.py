@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from deltarl.rl.bench import kernels, learner, mismatch, rollout, stock
+from deltarl.rl.bench import kernels, learner, mismatch, rollout, stock, worker
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,6 +41,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     bench.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, at most (default: one a core)")
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     bench.set_defaults(run=run_verifiers)
+
+    bench = benches.add_parser("worker", help="what the rollout worker adds to a bare LLM.generate")
+    worker.add_options(bench)
+    bench.set_defaults(run=worker.run)
 
 
 def run_verifiers(args: argparse.Namespace) -> None:

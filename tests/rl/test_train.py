@@ -16,7 +16,7 @@ JOB = {
     "seed": 5,
     "data": {"train_size": 40, "heldout_size": 6},
     "sft": {"steps": 12, "batch_size": 8, "learning_rate": 3e-3},
-    "rollout": {"max_model_len": 96, "max_num_seqs": 16},
+    "rollout": {"max_model_len": 96, "max_num_seqs": 16, "record": True},
     "rl": {
         "steps": STEPS,
         "prompts_per_step": 4,
@@ -49,7 +49,7 @@ class Digits:
 def make_digits():
     return Digits()
 '''
-MEASURED_TIME = {"time", "tokens_per_second", "seconds"}
+MEASURED_TIME = {"time", "overlap", "tokens_per_second", "seconds"}
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -131,6 +131,32 @@ def test_learner_and_engine_are_the_same_model(whole):
 def test_policy_moves_away_from_where_rl_began(whole):
     kl = [row["kl"] for row in rows(whole, "rl")]
     assert 0 <= kl[0] < kl[-1]
+
+
+def test_a_recorded_run_is_learned_from_again_number_by_number(folder, whole):
+    replay = ["rollout.record=false", f"rollout.replay={whole}", "name=again"]
+    err = finish(start(folder, "job.yaml", *(part for key in replay for part in ("--set", key))))
+    assert "starting the rollout engine" not in err
+    assert rows(folder / "runs" / "again", "rl") == rows(whole, "rl")
+
+
+def test_asynchronous_run_learns_from_tokens_of_several_versions(folder):
+    ahead = [
+        "rollout.max_staleness=1",
+        "rollout.alarm.is_ess=0.999999",
+        "rollout.alarm.logp_gap_mean=1e-9",
+        "name=ahead",
+    ]
+    err = finish(start(folder, "job.yaml", *(part for key in ahead for part in ("--set", key))))
+    run = folder / "runs" / "ahead"
+    steps = rows(run, "rl")
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert all(0 <= row["staleness_max"] <= 1 for row in steps)
+    assert any(row["staleness_mean"] > 0 for row in steps)
+    assert len(rows(run, "eval")) == 3
+    alarms = [row["detail"] for row in rows(run, "event") if row["what"] == "mismatch"]
+    assert len(alarms) <= STEPS + 1 and any("over rollout.alarm.logp_gap_mean = 1e-09" in line for line in alarms)
+    assert all(line in err for line in alarms)
 
 
 @pytest.mark.parametrize("stop_at", ["sft", "rl"])

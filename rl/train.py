@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 
 from deltarl.rewards import VerifierHost
-from deltarl.rl.adapters import ADAPTER_FOLDER, add_adapters, load_adapters
+from deltarl.rl.adapters import ADAPTER_FOLDER, add_adapters, check_adapters, load_adapters
 from deltarl.rl.checkpointing import publish_policy
 from deltarl.rl.collect import Collector
 from deltarl.rl.errors import Diverged, UserError
 from deltarl.rl.follower import FollowedCollector, FollowedRun
 from deltarl.rl.interrupt import Interrupted, StopRequest
 from deltarl.rl.jobs import Job
-from deltarl.rl.optimizers import group_table, parameter_groups
+from deltarl.rl.optimizers import check_optimizer, group_table, parameter_groups
 from deltarl.rl.parts import (
     Problems,
     check_engine,
@@ -61,6 +61,7 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
     """
     check_engine(job)
     open_processes()
+    check_learner(job)
     if not is_main():
         return follow(job)
     with StopRequest() as stop, open_host(job) as host:
@@ -172,6 +173,16 @@ def open_collector(
         return Recorded(job=job, problems=data.train, stop=stop)
     source = open_source(job, data)
     return Collector(job=job, source=source, tokenizer=tokenizer, worker=worker, host=host, stop=stop, run=folder)
+
+
+def check_learner(job: Job) -> None:
+    """Raise UserError where what the job learns with is not installed, or does not run on several processes."""
+    for settings in (job.sft, job.rl):
+        check_optimizer(settings)
+    if job.model.lora is not None:
+        check_adapters()
+    if processes() > 1 and job.rl.optimizer == "adamw_8bit":
+        raise UserError("rl.optimizer = adamw_8bit is for one process: use adamw or muon with several")
 
 
 def follow(job: Job) -> Path:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from deltarl.rl.algorithmsections import CurriculumConfig
-from deltarl.rl.batch import Sample
 from deltarl.rl.errors import UserError
 from deltarl.rl.problems import Problem
 
@@ -29,16 +28,6 @@ class ProblemSource(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def report_successes(source: ProblemSource, samples: Sequence[Sample]) -> None:
-    """Tell the source how each problem of some graded samples went."""
-    outcomes: dict[str, list[bool]] = {}
-    for sample in samples:
-        if sample.verdict.status != "gold_error":
-            outcomes.setdefault(sample.problem.id, []).append(sample.verdict.status == "correct")
-    for problem_id, right in outcomes.items():
-        source.report(problem_id, sum(right), len(right))
 
 
 class InTurn:

@@ -36,7 +36,7 @@ def enable_scoring(model: nn.Module) -> None:
     """Give a causal LM's forward the argument `score`, for `packed_logprobs`.
 
     It goes through `forward` so that the wrappers of data-parallel and sharded training see the call. Says so where a
-    model cannot be packed exactly: its sequences are then padded. Raises ValueError for a model whose logits are not
+    model cannot be packed exactly: its sequences are then padded. Raises UserError for a model whose logits are not
     those of its output embeddings.
     """
     plain = model.forward
@@ -59,7 +59,10 @@ def _check_head(model: nn.Module) -> None:
     pack = Pack([0], ids, [8], [7], torch.arange(7, device=model.device))
     expected = model(ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
     if (packed_logprobs(model, pack).logprobs - expected).abs().max() > 0.02 * expected.abs().max():
-        raise ValueError(f"{type(model).__name__} computes its logits in a way of its own, which is not implemented")
+        raise UserError(
+            f"{type(model).__name__} computes its logits in a way of its own, which is not implemented; give another "
+            "model.path"
+        )
 
 
 def checkpoint_activations(model: nn.Module, what: str | Sequence[str]) -> None:
@@ -104,13 +107,19 @@ def _inputs(model: nn.Module, pack: Pack) -> tuple[dict[str, Any], Tensor]:
         cu_seqlens = torch.tensor([0, *pack.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         routing = {} if pack.routing is None else {"routing": pack.routing}
         return {"input_ids": ids, "cu_seqlens": cu_seqlens, **routing}, pack.before
-    if plain.config._attn_implementation == IMPLEMENTATION:
+    if not pads(plain):
         packing = Packing(pack.lengths, ids.device)
         return {"input_ids": ids, "position_ids": packing.positions.unsqueeze(0), "packing": packing}, pack.before
     mask = torch.arange(max(pack.lengths)).lt(torch.tensor(pack.lengths).unsqueeze(1)).to(ids.device)
     place = mask.flatten().nonzero().squeeze(1)
     rows = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, pack.ids)
     return {"input_ids": rows, "attention_mask": mask.long()}, place[pack.before]
+
+
+def pads(model: nn.Module) -> bool:
+    """Whether a model to which `enable_scoring` was applied runs the sequences of a pack as padded rows."""
+    plain = unwrapped(model)
+    return not isinstance(plain, HybridForCausalLM) and plain.config._attn_implementation != IMPLEMENTATION
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -33,6 +33,22 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups
 
 
+def alike(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `lengths`, longest first, in groups that the budget holds when each is as long as its group's longest.
+
+    Raises ValueError for a length over the budget.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if lengths[index] > budget:
+            raise ValueError(f"a sequence of {lengths[index]} tokens does not fit a budget of {budget}")
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
 @dataclass(frozen=True)
 class Pack:
     """Some sequences of a batch end to end, and the tokens of them that are scored: those of their completions.
@@ -102,8 +118,14 @@ def make_pack(sequences: Sequence[Trace | Marked], rows: Sequence[int]) -> Pack:
     )
 
 
-def make_packs(sequences: Sequence[Trace | Marked], rows: Sequence[int], budget: int) -> list[Pack]:
-    """The sequences of those rows in packs of at most `budget` tokens; the same sequences give the same packs."""
+def make_packs(
+    sequences: Sequence[Trace | Marked], rows: Sequence[int], budget: int, *, padded: bool = False
+) -> list[Pack]:
+    """The sequences of those rows in packs of at most `budget` tokens; the same sequences give the same packs.
+
+    padded: what counts is the tokens of a pack whose sequences are all padded to its longest.
+    """
     chosen = [sequences[row] for row in rows]
     lengths = [len(s.prompt_ids) + len(s.completion_ids) if isinstance(s, Trace) else len(s.ids) for s in chosen]
-    return [make_pack(sequences, [rows[index] for index in group]) for group in first_fit(lengths, budget)]
+    groups = alike(lengths, budget) if padded else first_fit(lengths, budget)
+    return [make_pack(sequences, [rows[index] for index in group]) for group in groups]

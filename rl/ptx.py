@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deltarl.rl.algorithmsections import PTXConfig
-from deltarl.rl.forward import packed_logprobs
+from deltarl.rl.forward import packed_logprobs, pads
 from deltarl.rl.jobs import Job
 from deltarl.rl.losses import ptx_loss
 from deltarl.rl.objective import Tally
@@ -45,7 +45,7 @@ class PTXStream:
         size = self.settings.batch_size
         rows = self.rows.select(range(update * size, (update + 1) * size))
         sequences = encode(self.tokenizer, rows, self.settings.max_length)
-        packs = make_packs(sequences, range(len(sequences)), self.budget)
+        packs = make_packs(sequences, range(len(sequences)), self.budget, padded=pads(model))
         tokens = float(sum(len(sequence.places) for sequence in sequences))
         return [
             lambda pack=pack: self._loss(model, pack.to(accelerator.device), tokens, accelerator, tally)

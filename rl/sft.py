@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from deltarl.rl.checkpointing import Checkpointing
 from deltarl.rl.errors import UserError
-from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs, unwrapped
+from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs, pads, unwrapped
 from deltarl.rl.interrupt import StopRequest
 from deltarl.rl.jobs import Job
 from deltarl.rl.jobsections import SFTStage
@@ -113,7 +113,8 @@ class WarmUp(PackSteps, Checkpointing, Trainer):
             )
         self._tokens = sum(len(sequence.ids) for sequence in sequences)
         targets = float(sum(len(sequence.places) for sequence in sequences))
-        packs = make_packs(sequences, range(len(sequences)), self.settings.token_budget)
+        budget = self.settings.token_budget
+        packs = make_packs(sequences, range(len(sequences)), budget, padded=pads(model))
         losses: list[Callable[[], Tensor]] = [
             lambda pack=pack: self._loss(model, pack.to(self.accelerator.device), targets) for pack in packs
         ]

@@ -31,7 +31,7 @@ from deltarl.rl.collect import Collector
 from deltarl.rl.critic import Critic
 from deltarl.rl.errors import Diverged
 from deltarl.rl.follower import FollowedCollector
-from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs, unwrapped
+from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs, pads, unwrapped
 from deltarl.rl.guard import Guard
 from deltarl.rl.jobs import Job
 from deltarl.rl.objective import MicroBatch, Tally
@@ -252,14 +252,15 @@ class RLTrainer(PackSteps, Checkpointing, GRPOTrainer):
         return np.array_split(order, self.learning.minibatches)[part].tolist()
 
     def _packs(self, rows: list[int]) -> list[Pack]:
-        return make_packs([sample.trace for sample in self.learning.batch.samples], rows, self.job.rl.token_budget)
+        traces = [sample.trace for sample in self.learning.batch.samples]
+        return make_packs(traces, rows, self.job.rl.token_budget, padded=pads(self.model))
 
     @torch.no_grad()
     def _score(self, model: torch.nn.Module, batch: Batch, critic: Critic | None = None) -> list[Tensor | None]:
         """Logprobs of the completions under a model, and their values if there is a critic: [N, T] each, on the CPU."""
         traces = [sample.trace for sample in batch.samples]
         scored_rows: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for pack, _ in shares(make_packs(traces, range(len(traces)), self.job.rl.token_budget)):
+        for pack, _ in shares(make_packs(traces, range(len(traces)), self.job.rl.token_budget, padded=pads(model))):
             pack = pack.to(self.accelerator.device)
             if model is self.ref_model:  # the reference is a policy of its own, with its own choice of experts
                 pack = replace(pack, routing=None)

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from deltarl.model import build_model
 from deltarl.rl.errors import UserError
-from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs
-from deltarl.rl.packing import first_fit, make_pack, make_packs
+from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs, pads
+from deltarl.rl.packing import alike, first_fit, make_pack, make_packs
 from deltarl.rollout import Trace
 
 VOCABULARY = 320
@@ -60,9 +60,23 @@ def test_first_fit_begins_with_the_longest():
     assert first_fit([3, 9, 5, 5, 1], 10) == [[1, 4], [2, 3], [0]]
 
 
-def test_a_sequence_over_the_budget_is_refused():
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 200))
+def test_sequences_to_be_padded_are_grouped_by_length_within_the_budget(lengths, budget):
+    groups = alike(lengths, budget)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    assert all(len(group) * max(lengths[index] for index in group) <= budget for group in groups)
+    longest = [lengths[index] for group in groups for index in group]
+    assert longest == sorted(lengths, reverse=True), "neighbours in length are padded to each other"
+
+
+@pytest.mark.parametrize("fit", [first_fit, alike])
+def test_a_sequence_over_the_budget_is_refused(fit):
     with pytest.raises(ValueError, match="51 tokens does not fit a budget of 50"):
-        first_fit([4, 51], 50)
+        fit([4, 51], 50)
+
+
+def test_only_models_that_pad_are_given_packs_to_pad(model):
+    assert pads(model) == (type(model) is MistralForCausalLM)
 
 
 def plain(model, trace):
@@ -149,7 +163,7 @@ def test_a_head_of_its_own_is_refused():
             out.logits = 2 * out.logits
             return out
 
-    with pytest.raises(ValueError, match="in a way of its own"):
+    with pytest.raises(UserError, match="in a way of its own"):
         enable_scoring(Doubled(LlamaConfig(**LLAMA)))
 
 

@@ -33,7 +33,7 @@ SHAPES = (
     "decode/n1-h32/eager",
     "decode/n256-h32/eager",
 )
-KERNELS = {"decode_normed": ["decode_kernel"], "ranges": ["largest_kernel", "multiply_kernel"]}  # others: NAME_kernel
+KERNELS = {"decode_normed": ["decode_kernel"], "ranges": ["largest_kernel"]}  # others: NAME_kernel
 WHERE = {"decode": "decode/*", "decode_normed": "decode/none"}  # the shapes an entry is for, where not all
 SAME = 0.01  # RMS of the difference over RMS: other tile widths round sums in another order, and a wrong tile shows
 TIMEOUT = 240  # seconds for a candidate's compilation and check
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--warps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--registers", type=int, nargs="+", default=[0, 168], help="most per thread; 0: no limit")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="checks at a time")
     parser.add_argument("--out", metavar="FILE", help="append each measurement to this .jsonl as it comes")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
@@ -82,7 +83,8 @@ def tune(args: argparse.Namespace) -> int:
 def grid(present: dict[str, int], args: argparse.Namespace) -> list[dict[str, int]]:
     """The present configuration first; a block of 0 is one that the kernel does not have."""
     blocks = args.blocks if present["block"] else [0]
-    tried = ({"block": b, "num_warps": w, "num_stages": s} for b, w, s in product(blocks, args.warps, args.stages))
+    names = ("block", "num_warps", "num_stages", "registers")
+    tried = (dict(zip(names, t, strict=True)) for t in product(blocks, args.warps, args.stages, args.registers))
     return [present, *(present | change for change in tried if present | change != present)]
 
 

@@ -1,8 +1,8 @@
 """`kda_chunk` for NVIDIA GPUs: `prepare` works on all chunks at once, `scan` passes the state from one to the next.
 
-For backward, forward keeps its inputs, o and the tiles of `prepare`: with K = V = 128 and 16-bit inputs 1282 and 1424
-bytes a token and head. All of it is kept by save_for_backward: where activations are computed again
-(torch.utils.checkpoint), nothing of it is held meanwhile, and memory too short for the tiles is won back there.
+For backward, forward keeps its inputs, o and the tiles of `prepare`: with K = V = 128 and 16-bit inputs 1282 and 1296
+bytes a token and head (1424 where g is a log-decay). All of it is kept by save_for_backward: where activations are
+computed again (torch.utils.checkpoint), nothing is held meanwhile, and memory too short for the tiles is won back.
 Backward makes the states of the chunks anew, passes the gradient of the state back from chunk to chunk and finds all
 other gradients for all chunks at once. It uses the tiles up: a second backward through one graph makes them anew.
 
@@ -10,6 +10,7 @@ Products of 16-bit inputs have fp16 factors, gradients among them brought into i
 states between the chunks are fp32.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor
 from deltarl.kernels.fused.call import Inputs, Options, Tiles
 from deltarl.kernels.fused.chunks import CHUNK, chunks_of, spans
 from deltarl.kernels.fused.configs import CONFIGS
-from deltarl.kernels.fused.gradients import gradients_kernel, value_gradients_kernel
+from deltarl.kernels.fused.gradients import gradients_kernel
 from deltarl.kernels.fused.launch import compiled_together, launch
 from deltarl.kernels.fused.passage import Passage
 from deltarl.kernels.fused.prepare import prepare_kernel, solve_kernel
 from deltarl.kernels.fused.ranges import Scaled, into_range
 from deltarl.kernels.fused.scan import scan, scan_backward
+from deltarl.kernels.fused.value_gradients import value_gradients_kernel
 from deltarl.kernels.inputs import check_arguments, sequence_lengths
+
+WIDTH = 64  # channels of products with states that share a power of 2
 
 
 def kda_chunk(
@@ -135,14 +139,15 @@ def all_gradients(
     scan(x, tiles, initial, states=states, passage=passage)
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
     out = into_range(x, do, dfinal)
-    dstates, dnew = scan_backward(x, tiles, out.do, out.dfinal, dinitial, passage)
+    dstates, dnew = scan_backward(x, tiles, out, dinitial, passage)
     for used_up in (tiles.w, tiles.reader, tiles.writer, tiles.attend):
         used_up.untyped_storage().resize_(0)  # the graph still refers to them
-    kept = tiles.erase, tiles.inverse, tiles.factors, tiles.decay, o, out, states, dstates, tiles.u, dnew
-    gradients = chunk_gradients(x, *kept)
+    dv, dbeta, found = value_gradients(x, tiles, o, out, states, dstates, dnew)
+    del states, dstates, dnew  # before as much memory is needed for other gradients
+    dq, dk, dg, dA_log, ddt_bias = channel_gradients(x, tiles, out.by_chunk, found, dbeta)
     if initial is not None:
         dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)
-    return *gradients, dinitial, None
+    return dq, dk, dv, dg, dbeta.sum(0).to(x.beta.dtype), dA_log, ddt_bias, dinitial, None
 
 
 def product_dtype(q: Tensor) -> torch.dtype:
@@ -187,56 +192,74 @@ def prepare(x: Inputs, for_backward: bool) -> Tiles:
         **x.sizes(), RAW=switches["RAW"], KEEP_INVERSE=for_backward, PRECISION=x.precision(),
         **CONFIGS["solve"].launch(),
     )  # fmt: skip
-    return tiles
+    return replace(tiles, erase=None) if switches["RAW"] else tiles  # dbeta is found without it
 
 
-def chunk_gradients(
-    x: Inputs,
-    erase: Tensor | None,
-    inverse: Tensor,
-    factors: Tensor,
-    decay: Tensor,
-    o: Tensor,
-    out: Scaled,
-    states: Tensor,
-    dstates: Tensor,
-    new: Tensor,
-    dnew: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, g, beta, A_log and dt_bias (None where there is no such input)."""
-    dv, dg = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.v, x.g))
-    dq, dk = (torch.empty(x.g.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k))
-    width = min(CONFIGS["gradients"].block, x.key)
-    blocks = x.key // width
-    dbeta = x.v.new_empty(1 if x.A_log is not None else 1 + blocks, *x.beta.shape, dtype=torch.float32)
-    dA_log = None if x.A_log is None else x.tiles(blocks, dtype=torch.float32)
-    ddt_bias = None if x.dt_bias is None else x.tiles(x.key, dtype=torch.float32)
-    pairs, unit = x.tiles(3, CHUNK, CHUNK), x.tiles(dtype=torch.float32)
-    along = x.tiles(2, CHUNK, dtype=torch.float32)
-    chunks, switches = x.options.chunks, x.switches()
-    q_stride, k_stride, v_stride, g_stride, beta_stride = x.strides()
-    config = CONFIGS["value_gradients"]
+@dataclass(frozen=True)
+class FromValues:
+    """What `value_gradients_kernel` leaves for `gradients_kernel`."""
+
+    pairs: Tensor
+    unit: Tensor
+    along: Tensor
+    by_state: Tensor
+    units: Tensor
+    total: Tensor
+
+
+def value_gradients(
+    x: Inputs, tiles: Tiles, o: Tensor, out: Scaled, states: Tensor, dstates: Tensor, dnew: Tensor
+) -> tuple[Tensor, Tensor, FromValues]:
+    """dv; dbeta [parts, B, T, H] in fp32, only the first part filled; what else it found."""
+    dv = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
+    parts = 1 if x.A_log is not None else 1 + x.key // channels_of_program()
+    dbeta = x.v.new_empty(parts, *x.beta.shape, dtype=torch.float32)
+    found = FromValues(
+        pairs=x.tiles(3, CHUNK, CHUNK),
+        unit=x.tiles(dtype=torch.float32),
+        along=x.tiles(2, CHUNK, dtype=torch.float32),
+        by_state=x.tiles(3, CHUNK, x.key),
+        units=x.tiles(x.key // WIDTH, 3, dtype=torch.float32),
+        total=x.tiles(x.key, dtype=torch.float32),
+    )
+    chunks, (_, _, v_stride, _, beta_stride) = x.options.chunks, x.strides()
     launch(
         value_gradients_kernel, (x.heads, chunks.count),
-        x.v, x.beta, o, out.do, out.by_chunk, erase, inverse, new, dnew, pairs, unit, along,
-        chunks.row, chunks.size, dv, dbeta, v_stride, beta_stride,
-        H=x.heads, V=x.value, C=CHUNK, BV=min(config.block, x.value), RAW=switches["RAW"], PRECISION=x.precision(),
-        **config.launch(),
+        x.v, x.beta, o, out.do, out.by_chunk, tiles.erase, tiles.inverse, tiles.u, dnew, states, dstates,
+        *vars(found).values(), chunks.row, chunks.size, dv, dbeta, v_stride, beta_stride,
+        **x.sizes(), WIDTH=WIDTH, RAW=x.A_log is not None, PRECISION=x.precision(),
+        **CONFIGS["value_gradients"].launch(),
     )  # fmt: skip
-    config = CONFIGS["gradients"]
+    return dv, dbeta, found
+
+
+def channel_gradients(
+    x: Inputs, tiles: Tiles, factor: Tensor, found: FromValues, dbeta: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, g, A_log and dt_bias (None where there is no such input); fills the other parts of dbeta."""
+    dg = torch.empty(x.g.shape, dtype=x.g.dtype, device=x.g.device)
+    dq, dk = (torch.empty(x.g.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k))
+    width = channels_of_program()
+    dA_log = None if x.A_log is None else x.tiles(x.key // width, dtype=torch.float32)
+    ddt_bias = None if x.dt_bias is None else x.tiles(x.key, dtype=torch.float32)
+    chunks, (q_stride, k_stride, _, g_stride, beta_stride) = x.options.chunks, x.strides()
     launch(
-        gradients_kernel, (x.heads * blocks, chunks.count),
-        x.q, x.k, x.g, x.beta, x.A_log, x.dt_bias, out.do, out.by_chunk, states, dstates, new, dnew, pairs, unit,
-        factors, along, decay, chunks.row, chunks.size, spans(x.q.device), dq, dk, dg, dbeta, dA_log, ddt_bias,
+        gradients_kernel, (x.heads * (x.key // width), chunks.count),
+        x.q, x.k, x.g, x.beta, x.A_log, x.dt_bias, factor, *vars(found).values(), tiles.factors, tiles.decay,
+        chunks.row, chunks.size, spans(x.q.device), dq, dk, dg, dbeta, dA_log, ddt_bias,
         q_stride, k_stride, g_stride, beta_stride, x.options.scale, x.options.bound, x.beta[..., 0].numel(),
-        **x.sizes(), SHARED=x.shared, BK=width, BV=min(64, x.value), **switches, PRECISION=x.precision(),
-        **config.launch(),
+        H=x.heads, SHARED=x.shared, K=x.key, C=CHUNK, BK=width, WIDTH=WIDTH, **x.switches(), PRECISION=x.precision(),
+        **CONFIGS["gradients"].launch(),
     )  # fmt: skip
-    dbeta = dbeta.sum(0).to(x.beta.dtype)
     if x.shared > 1:
         dq, dk = (t.unflatten(2, (-1, x.shared)).sum(3) for t in (dq, dk))
     if dA_log is not None:
         dA_log = dA_log.sum((0, 2)).view_as(x.A_log).to(x.A_log.dtype)
     if ddt_bias is not None:
         ddt_bias = ddt_bias.sum(0).view_as(x.dt_bias).to(x.dt_bias.dtype)
-    return dq, dk, dv, dg, dbeta, dA_log, ddt_bias
+    return dq, dk, dg, dA_log, ddt_bias
+
+
+def channels_of_program() -> int:
+    """How many channels a program of `gradients_kernel` works on."""
+    return min(CONFIGS["gradients"].block, WIDTH)

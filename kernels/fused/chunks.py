@@ -40,10 +40,10 @@ def chunks_of(lengths: tuple[int, ...], device: torch.device) -> Chunks:
 
 @lru_cache(maxsize=8)
 def spans(device: torch.device) -> Tensor:
-    """fp16 [15, 64, 64], 0 and 1, of which row i says what tokens j to sum for token i:
+    """fp16 [13, 64, 64], 0 and 1, of which row i says what tokens j to sum for token i:
 
     0 to 5 between i and the middle of i's block of 64, 32, 16, 8, 4 and 2; 6 from the start to i; 7 after i to the end;
-    8 from i to the end. And 9 to 14: whether i and j lie in different halves of one block of 64, 32, 16, 8, 4 and 2.
+    8 from i to the end. And 9 to 12: whether i and j lie in different halves of one block of 16, 8, 4 and 2.
     """
     i, j = torch.arange(CHUNK).unsqueeze(1), torch.arange(CHUNK)
 
@@ -52,5 +52,5 @@ def spans(device: torch.device) -> Tensor:
         return (i // half == j // half) & torch.where(late, j <= i, j > i)
 
     halvings = [to_middle(32 >> level) for level in range(6)]
-    halves = [(i ^ j) // (32 >> level) == 1 for level in range(6)]
+    halves = [(i ^ j) // (32 >> level) == 1 for level in range(2, 6)]
     return torch.stack((*halvings, j <= i, j > i, j >= i, *halves)).to(device, torch.float16)

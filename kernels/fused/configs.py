@@ -2,8 +2,8 @@
 tools/tune_kernels.py; nothing is tuned while a program runs. NARROW is for GPUs with less shared memory than an H100's
 227 KiB for a program, not measured.
 
-`block` is what one step works on: channels (prepare, gradients, conv), numbers of whole rows (gated_norm), or state
-columns (the others).
+`block` is what one step works on: channels (gradients, conv), numbers of whole rows (gated_norm), or state columns (the
+others); 0 where there is no choice. A thread has at most `registers`; 0 leaves it to the compiler.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ class Config:
     block: int
     num_warps: int
     num_stages: int
+    registers: int = 0
 
     def launch(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        cap = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
 
 
 CONFIGS = {
@@ -28,8 +30,8 @@ CONFIGS = {
     "ends_backward": Config(block=128, num_warps=8, num_stages=3),
     "join": Config(block=16, num_warps=8, num_stages=1),
     "scan_fp32": Config(block=16, num_warps=4, num_stages=1),
-    "value_gradients": Config(block=128, num_warps=4, num_stages=1),
-    "gradients": Config(block=64, num_warps=4, num_stages=1),
+    "value_gradients": Config(block=0, num_warps=4, num_stages=1),
+    "gradients": Config(block=32, num_warps=4, num_stages=1, registers=168),
     "decode": Config(block=64, num_warps=4, num_stages=1),
     "decode_normed": Config(block=128, num_warps=8, num_stages=1),
     "ranges": Config(block=0, num_warps=4, num_stages=1),

@@ -100,7 +100,7 @@ def all_gradients(
     passage = scan(x, tiles, initial, states=states, passage=passage)
     out = into_range(x, do, dfinal)
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
-    dstates, dnew = scan_backward(x, tiles, out.do, out.dfinal, dinitial, passage)
+    dstates, dnew = scan_backward(x, tiles, out, dinitial, passage)
     kept = tiles.tokens, tiles.attend, tiles.erase, tiles.inverse, tiles.u
     del tiles  # the gradients need none of the others' memory
     gradients = gdn_gradients(x, out, *kept, dnew, states, dstates)

@@ -43,15 +43,15 @@ def gdn_pair_gradients_kernel(
     v_stride, scale, H, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program for one head of v of one chunk: `dattend` and `derase` [chunks, H, C, C], the gradients of q k^T and
-    k k^T (unit rows), dv [rows, H, V] times `factor`, and the parts of dbeta and G' [chunks, H, C] that come through v
-    and the pairs, in fp32. `dnew` becomes `solved`."""
+    k k^T (unit rows), dv [rows, H, V], and the parts of dbeta and G' [chunks, H, C] that come through v and the pairs,
+    in fp32; all but dv are divided by `factor`, as `do` is when it is read. `dnew` becomes `solved`."""
     head, chunk = tl.program_id(0), tl.program_id(1)
     tile = chunk * H + head
     DT: tl.constexpr = new.dtype.element_ty
     first = tl.load(chunk_row + chunk)
     valid = tl.arange(0, C) < tl.load(chunk_size + chunk)
     b_beta = token_row(tokens, tile, BETA, C)
-    to_dv = b_beta * tl.load(factor + tile)
+    b_factor = tl.load(factor + tile)
     solve = tl.trans(tl.load(inverse + tile_offsets(tile, C, C)))
     b_dattend, b_derase = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     b_dbeta = tl.zeros((C,), tl.float32)
@@ -60,13 +60,13 @@ def gdn_pair_gradients_kernel(
         solved = tl.dot(solve, tl.load(dnew + values), input_precision=PRECISION)
         b_v = load_rows(v + head * V + column, first, v_stride, valid, C, BV)
         b_dbeta += tl.sum(solved * b_v, 1)
-        store_rows(dv + head * V + column, solved * to_dv[:, None], first, H * V, valid, C, BV)
+        store_rows(dv + head * V + column, solved * (b_beta * b_factor)[:, None], first, H * V, valid, C, BV)
         tl.debug_barrier()  # every thread has read dnew
         solved = solved.to(DT)
         tl.store(dnew + values, solved)
         b_new = tl.trans(tl.load(new + values))
         b_derase -= tl.dot(solved, b_new, input_precision=PRECISION)
-        b_do = load_rows(do + head * V + column, first, H * V, valid, C, BV).to(DT)
+        b_do = (load_rows(do + head * V + column, first, H * V, valid, C, BV) * (1.0 / b_factor)).to(DT)
         b_dattend += tl.dot(b_do, b_new, input_precision=PRECISION)
 
     pairs = pair_decays(tokens, tile, C, PRECISION)
@@ -98,7 +98,8 @@ def gdn_gradients_kernel(
 ):  # fmt: skip
     """One program for one head of q and k of one chunk, which goes through its SHARED heads of v. Gradients are
     contiguous [rows, heads, ...]; those of A_log and dt_bias [chunks, H] are this chunk's share. All are multiplied by
-    `factor` [chunks, H]; `dlog_read` [chunks, H, C] is room for what the q of a head give to G'."""
+    `factor` [chunks, H], by which `do` is divided when it is read; `dlog_read` [chunks, H, C] is room for what the q of
+    a head give to G'."""
     key_head, chunk = tl.program_id(0), tl.program_id(1)
     DT: tl.constexpr = new.dtype.element_ty
     first = tl.load(chunk_row + chunk)
@@ -110,17 +111,18 @@ def gdn_gradients_kernel(
     b_dq = tl.zeros((C, K), tl.float32)
     for share in range(SHARED):
         tile = chunk * H + key_head * SHARED + share
+        b_factor = tl.load(factor + tile)
         read = tl.zeros((C, K), tl.float32)
         for value in range(0, V, BV):
             b_state = tl.trans(tl.load(states + column_offsets(tile, value, K, V, BV)))
-            b_do = load_rows(do + (key_head * SHARED + share) * V + value, first, H * V, valid, C, BV).to(DT)
+            b_do = load_rows(do + (key_head * SHARED + share) * V + value, first, H * V, valid, C, BV)
+            b_do = (b_do * (1.0 / b_factor)).to(DT)
             read += tl.dot(b_do, b_state, input_precision=PRECISION)
         read *= (token_row(tokens, tile, START_DECAY, C) * scale)[:, None]
         b_q = load_rows(q + key_head * K, first, q_stride, valid, C, K) * q_unit[:, None]
         tl.store(dlog_read + tile * C + place, tl.sum(read * b_q, 1))
         b_k = load_rows(k + key_head * K, first, k_stride, valid, C, K) * k_unit[:, None]
         b_dattend = tl.load(dattend + tile_offsets(tile, C, C))
-        b_factor = tl.load(factor + tile)
         b_dq += read * b_factor
         b_dq += tl.dot(b_dattend, b_k.to(DT), input_precision=PRECISION) * b_factor
     b_q = load_rows(q + key_head * K, first, q_stride, valid, C, K) * q_unit[:, None]

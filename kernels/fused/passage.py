@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltarl.kernels.fused.call import Inputs, Tiles
 from deltarl.kernels.fused.launch import launch
+from deltarl.kernels.fused.ranges import Scaled
 from deltarl.kernels.fused.segments import Segments
 from deltarl.kernels.fused.step import (
     backward_step,
@@ -72,11 +73,12 @@ def ends_kernel(
 
 @triton.jit(do_not_specialize=["H"])
 def ends_backward_kernel(
-    w, reader, writer, attend, decay, do, dfinal, dafter, late, closes, bounds, chunk_row, chunk_size,
+    w, reader, writer, attend, decay, do, factor, dfinal, dafter, late, closes, bounds, chunk_row, chunk_size,
     H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, HAS_FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program for BV columns of F of one head of one segment, written to the place of the segment before."""
+    """One program for BV columns of F of one head of one segment, written to the place of the segment before. `do` is
+    divided by `factor` as in `scan_backward_kernel`."""
     column, head, segment = (
         tl.program_id(0) * BV,
         tl.program_id(1),
@@ -91,10 +93,12 @@ def ends_backward_kernel(
     row = tl.load(chunk_row + last - 1, mask=first < last)
     size = tl.load(chunk_size + last - 1, mask=first < last)
     b_decay = decay_of(decay, tl.where(first < last, last - 1, 0) * H + head, K)
+    smaller = 1.0 / tl.load(factor + tl.where(first < last, last - 1, 0) * H + head)
     for step in range(last - first):
         tile = (last - 1 - step) * H + head
         next_decay = decay_of(decay, tl.maximum(last - 2 - step, first) * H + head, K)
-        b_do = columns_of_tokens(do, row - step * C, tl.where(step == 0, size, C), head, column, H, V, C, BV).to(DT)
+        b_do = columns_of_tokens(do, row - step * C, tl.where(step == 0, size, C), head, column, H, V, C, BV)
+        b_do = (b_do.to(tl.float32) * smaller).to(DT)
         dstate, _, _ = backward_step(dstate, b_do, b_decay, w, reader, writer, attend, tile, K, C, PRECISION)
         b_decay = next_decay
     tl.store(columns_at(dafter, (segment - 1) * H + head, column, K, V, BV), tl.trans(dstate))
@@ -143,8 +147,7 @@ def passage_of(x: Inputs, tiles: Tiles, initial: Tensor | None, segments: Segmen
 def passage_gradient(
     x: Inputs,
     tiles: Tiles,
-    do: Tensor,
-    dfinal: Tensor | None,
+    out: Scaled,
     passage: Passage,
     segments: Segments,
 ) -> Tensor:
@@ -153,9 +156,9 @@ def passage_gradient(
     width, options = by_columns("ends_backward", x)
     launch(
         ends_backward_kernel, (x.value // width, x.heads, len(segments.late)),
-        tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, do, dfinal, dafter,
+        tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, out.do, out.by_chunk, out.dfinal, dafter,
         segments.late, segments.closes, segments.bounds, chunks.row, chunks.size,
-        **x.sizes(), BV=width, HAS_FINAL=dfinal is not None, PRECISION=x.precision(), **options,
+        **x.sizes(), BV=width, HAS_FINAL=out.dfinal is not None, PRECISION=x.precision(), **options,
     )  # fmt: skip
     join(x, dafter, passage.through, segments, backward=True)
     return dafter

@@ -1,8 +1,9 @@
 """Gradients of outputs in the range of fp16, so that a backward pass can multiply in fp16: three bits more than bf16's.
 
 Gradients of the inputs are linear in those of the outputs. Each head of each sequence has a power of two of its own,
-which brings its largest gradient to between 1/16 and 1/8: sums over 100,000 tokens stay below 65504, and what is 2000
-times smaller than the largest still has all its bits. Neither rounding nor NaN passes from one sequence to another.
+which brings its largest gradient to between 1/16 and 1/8 as it is read: sums over 100,000 tokens stay below 65504, and
+what is 2000 times smaller than the largest still has all its bits. Neither rounding nor NaN passes from one sequence to
+another.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from deltarl.kernels.fused.call import Inputs
 from deltarl.kernels.fused.chunks import CHUNK
 from deltarl.kernels.fused.configs import CONFIGS
 from deltarl.kernels.fused.launch import launch
-from deltarl.kernels.fused.tiles import load_rows, store_rows
+from deltarl.kernels.fused.tiles import load_rows
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -28,20 +29,10 @@ def largest_kernel(x, chunk_row, chunk_size, largest, H, C: tl.constexpr, D: tl.
     tl.store(largest + chunk * H + head, tl.max(tl.max(tl.abs(rows), 1), 0))
 
 
-@triton.jit(do_not_specialize=["H"])
-def multiply_kernel(x, factor, chunk_row, chunk_size, out, H, C: tl.constexpr, D: tl.constexpr):
-    """out = x times factor [chunks, H], both contiguous [rows, H, D]."""
-    head, chunk = tl.program_id(0), tl.program_id(1)
-    first = tl.load(chunk_row + chunk)
-    valid = tl.arange(0, C) < tl.load(chunk_size + chunk)
-    rows = load_rows(x + head * D, first, H * D, valid, C, D) * tl.load(factor + chunk * H + head)
-    store_rows(out + head * D, rows, first, H * D, valid, C, D)
-
-
 @dataclass(frozen=True)
 class Scaled:
-    """`do` [rows, H, V] in the type of the products, `dfinal` [N, H, K, V], and the powers of two that the gradients
-    made from them are to be multiplied by: `by_chunk` [chunks, H], `by_sequence` [N, H]."""
+    """`do` [B, T, H, V], which kernels divide by `by_chunk` [chunks, H] as they read it, and `dfinal` [N, H, K, V],
+    divided by `by_sequence` [N, H]: powers of two that the gradients made from both are to be multiplied by."""
 
     do: Tensor
     dfinal: Tensor | None
@@ -52,9 +43,11 @@ class Scaled:
 def into_range(x: Inputs, do: Tensor, dfinal: Tensor | None) -> Scaled:
     """`do` contiguous [B, T, H, V], `dfinal` [N, H, K, V]."""
     chunks, config = x.options.chunks, CONFIGS["ranges"]
-    grid, shape = (x.heads, chunks.count), {"H": x.heads, "C": CHUNK, "D": x.value}
     largest = x.tiles(dtype=torch.float32)
-    launch(largest_kernel, grid, do, chunks.row, chunks.size, largest, **shape, **config.launch())
+    launch(
+        largest_kernel, (x.heads, chunks.count),
+        do, chunks.row, chunks.size, largest, H=x.heads, C=CHUNK, D=x.value, **config.launch(),
+    )  # fmt: skip
     per_sequence = chunks.bounds.diff().long()
     sequence = torch.repeat_interleave(per_sequence, output_size=chunks.count)
     of_sequence = largest.new_zeros(len(per_sequence), x.heads)
@@ -64,7 +57,5 @@ def into_range(x: Inputs, do: Tensor, dfinal: Tensor | None) -> Scaled:
     # A float's bits from the 23rd on are its power of two + 127: these stay within 1 to 254 after the shifts by 4.
     power = (of_sequence.view(torch.int32) >> 23).clamp(5, 249)
     by_sequence, factor = (bits.bitwise_left_shift(23).view(torch.float32) for bits in (power + 4, 250 - power))
-    scaled = torch.empty(do.shape, dtype=x.dtype, device=do.device)
-    launch(multiply_kernel, grid, do, factor[sequence], chunks.row, chunks.size, scaled, **shape, **config.launch())
     dfinal = None if dfinal is None else dfinal * factor[..., None, None]
-    return Scaled(scaled, dfinal, by_sequence[sequence], by_sequence)
+    return Scaled(do, dfinal, by_sequence[sequence], by_sequence)

@@ -8,6 +8,7 @@ from deltarl.kernels.fused.call import Inputs, Tiles
 from deltarl.kernels.fused.chunks import CHUNK
 from deltarl.kernels.fused.launch import launch
 from deltarl.kernels.fused.passage import Passage, passage_gradient, passage_of
+from deltarl.kernels.fused.ranges import Scaled
 from deltarl.kernels.fused.segments import Segments, segments_of
 from deltarl.kernels.fused.step import (
     backward_step,
@@ -81,12 +82,13 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["H"])
 def scan_backward_kernel(
-    w, reader, writer, attend, decay, do, dfinal, dafter, dinitial, dstates, dnew,
+    w, reader, writer, attend, decay, do, factor, dfinal, dafter, dinitial, dstates, dnew,
     chunk_row, chunk_size, bounds, opens, closes,
     H, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     HAS_FINAL: tl.constexpr, CUT: tl.constexpr, KEEP_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes dS' of each chunk to `dstates` [chunks, H, K, V] and dnew [chunks, H, C, V]."""
+    """Writes dS' of each chunk to `dstates` [chunks, H, K, V] and dnew [chunks, H, C, V]. `do` is divided by `factor`
+    [chunks, H], the same in all chunks of a segment."""
     column, head, segment = tl.program_id(0) * BV, tl.program_id(1), tl.program_id(2)
     DT: tl.constexpr = w.dtype.element_ty
     closed = tl.load(closes + segment)
@@ -99,10 +101,12 @@ def scan_backward_kernel(
     row = tl.load(chunk_row + last - 1, mask=first < last)
     size = tl.load(chunk_size + last - 1, mask=first < last)
     b_decay = decay_of(decay, tl.where(first < last, last - 1, 0) * H + head, K)
+    smaller = 1.0 / tl.load(factor + tl.where(first < last, last - 1, 0) * H + head)
     for step in range(last - first):
         tile = (last - 1 - step) * H + head
         next_decay = decay_of(decay, tl.maximum(last - 2 - step, first) * H + head, K)
-        b_do = columns_of_tokens(do, row - step * C, tl.where(step == 0, size, C), head, column, H, V, C, BV).to(DT)
+        b_do = columns_of_tokens(do, row - step * C, tl.where(step == 0, size, C), head, column, H, V, C, BV)
+        b_do = (b_do.to(tl.float32) * smaller).to(DT)
         dstate, b_dstate, b_dnew = backward_step(
             dstate, b_do, b_decay, w, reader, writer, attend, tile, K, C, PRECISION
         )
@@ -149,22 +153,22 @@ def scan(
 def scan_backward(
     x: Inputs,
     tiles: Tiles,
-    do: Tensor,
-    dfinal: Tensor | None,
+    out: Scaled,
     dinitial: Tensor | None,
     passage: Passage | None,
 ) -> tuple[Tensor, Tensor]:
     """dS' of each chunk and dnew; fills dinitial. `passage` is the forward scan's."""
     segments, chunks = segments_for(x), x.options.chunks
-    dafter = None if passage is None else passage_gradient(x, tiles, do, dfinal, passage, segments)
+    dafter = None if passage is None else passage_gradient(x, tiles, out, passage, segments)
     width, options = by_columns("scan_backward", x)
     dstates, dnew = x.tiles(x.key, x.value), x.tiles(CHUNK, x.value)
     launch(
         scan_backward_kernel, (x.value // width, x.heads, segments.count),
-        tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, do, dfinal, dafter, dinitial, dstates, dnew,
+        tiles.w, tiles.reader, tiles.writer, tiles.attend, tiles.decay, out.do, out.by_chunk, out.dfinal, dafter,
+        dinitial, dstates, dnew,
         chunks.row, chunks.size, segments.bounds, segments.opens, segments.closes,
-        **x.sizes(), BV=width, HAS_FINAL=dfinal is not None, CUT=dafter is not None, KEEP_INITIAL=dinitial is not None,
-        PRECISION=x.precision(), **options,
+        **x.sizes(), BV=width, HAS_FINAL=out.dfinal is not None, CUT=dafter is not None,
+        KEEP_INITIAL=dinitial is not None, PRECISION=x.precision(), **options,
     )  # fmt: skip
     return dstates, dnew
 

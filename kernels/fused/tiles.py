@@ -9,8 +9,9 @@ import triton.language as tl
 LOWEST_LOG_DECAY = tl.constexpr(-120.0)
 L2_EPS = tl.constexpr(1e-6)
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-# The matrices of `chunks.spans`; the first HALVINGS of them lead to the middle of 64, 32, ... 2 tokens.
-HALVINGS = tl.constexpr(6)
+# The matrices of `chunks.spans`; the first HALVINGS of them lead to the middle of 64, 32, ... 2 tokens, from NEAR on
+# within 16 tokens.
+HALVINGS, NEAR = tl.constexpr(6), tl.constexpr(2)
 FROM_START, TO_END, ONWARDS, SHARED_HALVES = (tl.constexpr(n) for n in (6, 7, 8, 9))
 
 

@@ -156,4 +156,5 @@ def test_the_tiles_forward_keeps_go_where_the_hooks_of_saved_tensors_put_them():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape), lambda nothing: nothing):
         kda_chunk(**inputs)
     chunks, heads = 3, 1
-    assert sum(shape[:2] == (chunks, heads) for shape in shapes) == 9
+    kept = 8  # all but A, which backward needs only where beta is no projection
+    assert sum(shape[:2] == (chunks, heads) for shape in shapes) == kept

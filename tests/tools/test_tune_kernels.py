@@ -38,10 +38,10 @@ def test_a_configuration_that_failed_on_one_shape_is_out(tuner):
 
 
 def test_the_grid_begins_with_what_is_in_use_and_repeats_nothing(tuner):
-    args = Namespace(blocks=[16, 32], warps=[4, 8], stages=[1])
-    present = {"block": 32, "num_warps": 4, "num_stages": 1}
+    args = Namespace(blocks=[16, 32], warps=[4, 8], stages=[1], registers=[0, 168])
+    present = {"block": 32, "num_warps": 4, "num_stages": 1, "registers": 168}
     found = tuner.grid(present, args)
-    assert found[0] == present and len(found) == len({tuple(c.values()) for c in found}) == 4
+    assert found[0] == present and len(found) == len({tuple(c.values()) for c in found}) == 8
     assert {c["block"] for c in tuner.grid(present | {"block": 0}, args)} == {0}
 
 

@@ -91,6 +91,8 @@ def explained(max_model_len: int, gpu_memory_utilization: float) -> Iterator[Non
             f"the engine ran out of the GPU's memory as it started: lower max_num_seqs, or raise or lower "
             f"gpu_memory_utilization = {gpu_memory_utilization:g}, of which others may hold a part"
         ) from error
+    except torch.distributed.DistNetworkError as error:
+        raise EngineError("another program took the port that vLLM had found free for itself: start again") from error
     except ValueError as error:
         raise EngineError(_explain(str(error), max_model_len, gpu_memory_utilization)) from error
 

@@ -148,7 +148,8 @@ class RemoteWorker(RolloutWorker):
         """Have an engine with the current weights, and with all requests that run."""
         while True:
             self._want()
-            source = (lambda: (self._kept.items(), self.version)) if self._kept else self.weights
+            kept = self.keep_weights and self._kept
+            source = (lambda: (self._kept.items(), self.version)) if kept else self.weights
             if self.broken and not (self.engine.fresh and source):
                 raise WeightSyncError(self.broken)
             if not self.engine.fresh:

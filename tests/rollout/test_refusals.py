@@ -2,10 +2,12 @@
 
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_parity import GREEDY, assert_same_function
 
 from deltarl.rollout import EngineError, make_worker
@@ -88,6 +90,14 @@ def test_an_architecture_that_nobody_serves_is_named(make_hybrid, make_folder) -
     with pytest.raises(EngineError, match=r"no model with architectures = \['NobodyForCausalLM'\]") as caught:
         start(folder)
     assert len(str(caught.value)) < 200
+
+
+def test_a_port_that_was_taken_is_said() -> None:
+    """vLLM 0.26 looks for a free port and opens it a moment later; 0.32 needs none for an engine of one rank."""
+    with socket.create_server(("localhost", 0)) as taken, pytest.raises(EngineError, match="took the port"):
+        port = taken.getsockname()[1]
+        with explained(1024, 0.3):
+            torch.distributed.TCPStore("localhost", port, 1, is_master=True)
 
 
 def test_a_context_longer_than_the_memory_names_one_that_fits(make_hybrid, make_folder, prompts, closing) -> None:

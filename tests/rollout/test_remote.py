@@ -43,7 +43,7 @@ def module_worker(folder):
 
 @pytest.fixture
 def worker(module_worker):
-    module_worker.weights, module_worker.on_restart = None, lambda line: None
+    module_worker.weights, module_worker.keep_weights, module_worker.on_restart = None, False, None
     return module_worker
 
 
@@ -163,11 +163,12 @@ def test_weights_are_replaced_while_requests_run(worker, model, prompts) -> None
 
 
 def test_an_engine_killed_while_drawing_is_replaced(worker, model, prompts) -> None:
+    lines: list[str] = []
+    worker.keep_weights, worker.on_restart = True, lines.append
     scramble(model, seed=7)
     worker.sync_weights(checkpoint_tensors(model), 7)
     expected = worker.generate(prompts, SAMPLED, seeds=seeds(prompts))
-    lines: list[str] = []
-    worker.weights, worker.on_restart = lambda: (checkpoint_tensors(model), 7), lines.append
+    scramble(model, seed=70)  # the learner goes on
     kill, hit = once(signal.SIGKILL, worker)
     traces = worker.generate(prompts, SAMPLED, seeds=seeds(prompts), progress=kill)
     assert tokens(traces) == tokens(expected)
@@ -213,6 +214,17 @@ def test_an_engine_killed_in_a_sync_is_replaced_and_synced(worker, model, prompt
         assert worker.sync_weights(checkpoint_tensors(model), 9).version == 9
     assert worker.pid != killed[0]
     assert_same_function(model, worker.generate(prompts, GREEDY, seeds=seeds(prompts)))
+
+
+def test_an_engine_killed_while_idle_asks_for_the_weights(worker, model, prompts) -> None:
+    worker.weights = lambda: (checkpoint_tensors(model), 90)
+    losses = len(worker.engine.losses)
+    os.kill(worker.pid, signal.SIGKILL)
+    while len(worker.engine.losses) == losses:  # seen without a call
+        time.sleep(0.02)
+    traces = worker.generate(prompts, GREEDY, seeds=seeds(prompts))
+    assert_same_function(model, traces)
+    assert {version for trace in traces for version in trace.versions} == {90}
 
 
 def test_an_engine_that_was_lost_too_often_is_given_up(worker, prompts) -> None:

@@ -154,7 +154,7 @@ def reinforce(job: Job, folder: RunFolder, data: Problems, host: VerifierHost, s
         collector = opened.enter_context(closing(open_collector(job, folder, data, tokenizer, worker, host, stop)))
         trainer = open_trainer(job, folder, data, start, model, tokenizer, collector)
         if worker is not None:
-            worker.weights, worker.keep_weights = trainer.weights, processes() > 1
+            worker.weights, worker.keep_weights = trainer.weights, processes() > 1 or job.rollout.max_staleness > 0
             worker.on_restart = lambda line: folder.event("engine restarted", trainer.rl_step, line)
         run_rl(trainer, data, updates, checkpoint)
 

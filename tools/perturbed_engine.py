@@ -1,17 +1,19 @@
 """Train a job with an engine that is off on purpose, with and without importance correction; print what became of it.
 
-    python -P tools/perturbed_engine.py jobs/quickstart.yaml --noise 0.1 --seeds 0 1 2 --set rl.steps=40
+    python -P tools/perturbed_engine.py jobs/quickstart.yaml --noise 0.1 --heat 1.5 --seeds 0 1 2 --set rl.steps=40
 
-After every weight sync each tensor in the engine is W + noise x rms(W) x N(0, 1), drawn anew from (seed, version): the
-engine samples from another policy than the learner holds, and records that policy's logprobs. Without correction the
-learner takes the samples for its own. Accuracies are shares of right training samples, drawn from the perturbed engine;
-the last column is the learner's own held-out accuracy, from an engine without noise.
+The engine draws from another policy than the learner holds, and records that policy's logprobs; without correction the
+learner takes what was drawn for its own. --noise: after every weight sync each tensor in the engine is
+W + noise x rms(W) x N(0, 1), drawn anew from (seed, version). --heat: the engine draws at heat x rl.temperature.
+Accuracies are shares of right training samples, drawn from that engine; the last column is the learner's own held-out
+accuracy, from an engine as it should be.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,18 +24,26 @@ from deltarl.rl.jobs import Job, load_job
 from deltarl.rl.measuring import evaluate_target
 from deltarl.rl.metrics import read_metrics
 from deltarl.rl.parts import open_engine
+from deltarl.rollout import Request, Sampling
 
 LAST = 5
 
 
 class PerturbedEngine:
-    """A rollout worker whose weights are noisy; everything else is the worker's own."""
+    """A rollout worker with noisy weights that draws hotter than it is asked to; the rest is the worker's own."""
 
-    def __init__(self, worker: Any, noise: float, seed: int) -> None:
-        self.worker, self.noise, self.seed = worker, noise, seed
+    def __init__(self, worker: Any, noise: float, heat: float, seed: int) -> None:
+        self.worker, self.noise, self.heat, self.seed = worker, noise, heat, seed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.worker, name)
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """The worker's, at another temperature."""
+        self.worker.add([replace(request, sampling=self._hotter(request.sampling)) for request in requests])
+
+    def _hotter(self, sampling: Sampling) -> Sampling:
+        return replace(sampling, temperature=self.heat * sampling.temperature)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Any:
         """The worker's sync, with noise on each tensor."""
@@ -47,10 +57,10 @@ class PerturbedEngine:
             yield name, (tensor + scale * drawn).to(tensor.dtype)
 
 
-def run(job: Job, noise: float) -> tuple[list[dict[str, Any]], float]:
+def run(job: Job, noise: float, heat: float) -> tuple[list[dict[str, Any]], float]:
     """The rows of a run's steps, and the learner's held-out accuracy after it."""
     opened = runs.open_engine
-    runs.open_engine = lambda job, path: PerturbedEngine(open_engine(job, path), noise, job.seed)
+    runs.open_engine = lambda job, path: PerturbedEngine(open_engine(job, path), noise, heat, job.seed)
     try:
         folder = runs.train(job)
     finally:
@@ -63,7 +73,8 @@ def main() -> None:
     """Run every mode with every seed; one table row each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job")
-    parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--noise", type=float, default=0.0)
+    parser.add_argument("--heat", type=float, default=1.0)
     parser.add_argument("--modes", nargs="+", default=["none", "token_truncate"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -74,7 +85,7 @@ def main() -> None:
     for mode in args.modes:
         for seed in args.seeds:
             chosen = [f"rl.importance_sampling={mode}", f"seed={seed}", f"name=perturbed-{mode}-{seed}"]
-            rows, heldout = run(load_job(args.job, [*args.overrides, *chosen]), args.noise)
+            rows, heldout = run(load_job(args.job, [*args.overrides, *chosen]), args.noise, args.heat)
             accuracy = [row["accuracy"] or 0.0 for row in rows]
             ess = sum(row["is_ess"] for row in rows) / len(rows)
             table.append(

@@ -166,7 +166,8 @@ def start(
     """Start `vllm.LLM` in this process on a model folder and return it; arguments are `make_worker`'s.
 
     Prompts are read whole (no chunked prefill): at the end of a chunk vLLM draws a token, drops it and winds the
-    request's random generator back, which fails on CPU; and vLLM 0.26 takes a chunk of one token for a decode step.
+    random generator of a request with a seed back, which fails on a CPU. `enable_chunked_prefill` among the options is
+    right on a GPU, and on a CPU without seeds.
     Raises EngineError when vLLM is missing or out of range, or the folder holds no model.
     """
     check_vllm_version()

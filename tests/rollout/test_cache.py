@@ -1,14 +1,10 @@
-"""The engine's cache: blocks for running sequences, sequences that lose theirs, prompts read in chunks, refusals."""
+"""The engine's cache: blocks for running sequences, sequences that lose theirs, and what is refused."""
 
 import pytest
 import torch
 
 from deltarl.rollout import Sampling
 from deltarl.rollout.worker import VllmWorker
-
-BLOCK = 128
-"""Tokens of an attention block of the tiny hybrid on a CPU."""
-
 
 @pytest.fixture(scope="module")
 def folder(make_hybrid, make_folder):
@@ -36,7 +32,7 @@ def test_blocks_are_asked_for_when_full_and_lost_ones_computed_again(folder, clo
     allocate = scheduler._allocate
     scheduler._allocate = lambda request, *args, **kwargs: asked.append(request) or allocate(request, *args, **kwargs)
     ample = worker.generate(prompts, sampling, seeds=[0] * 4)
-    assert len(asked) == 8  # a prompt's blocks, and another one when the sequence passes a block's end
+    assert len(asked) == 8  # a prompt's blocks, and another one when the sequence passes the 128 tokens of a block
     closing.pop().close()
 
     worker = start(folder, num_gpu_blocks_override=10)  # the empty one, four of states, and attention's first of each
@@ -51,20 +47,6 @@ def test_blocks_are_asked_for_when_full_and_lost_ones_computed_again(folder, clo
     assert [trace.completion_ids for trace in tight] == [trace.completion_ids for trace in ample]
     logprobs = [torch.tensor([trace.logprobs for trace in traces]) for traces in (tight, ample)]
     torch.testing.assert_close(*logprobs, rtol=0, atol=1e-4)  # decoded, and read again in one pass
-
-
-def test_prompts_read_in_chunks(folder, closing, prompts) -> None:
-    sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True)
-    traces = []
-    for options in ({}, {"enable_chunked_prefill": True, "max_num_batched_tokens": 48}):
-        worker = start(folder, **options)
-        closing.append(worker)
-        traces.append(worker.generate(prompts, sampling, seeds=[0] * len(prompts)))
-        closing.pop().close()
-    whole, chunked = traces
-    assert [trace.completion_ids for trace in chunked] == [trace.completion_ids for trace in whole]
-    logprobs = [torch.tensor([trace.logprobs for trace in part]) for part in (chunked, whole)]
-    torch.testing.assert_close(*logprobs, rtol=0, atol=1e-4)
 
 
 def test_prefix_caching_is_refused(folder) -> None:

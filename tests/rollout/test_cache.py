@@ -6,6 +6,7 @@ import torch
 from deltarl.rollout import Sampling
 from deltarl.rollout.worker import VllmWorker
 
+
 @pytest.fixture(scope="module")
 def folder(make_hybrid, make_folder):
     return make_folder(make_hybrid("kda"))

@@ -15,11 +15,11 @@ class Ahead:
     """Calls `tick` over and over in a thread of its own, and between two calls what others ask for.
 
     tick: advances the work, and returns whether there was any. An exception out of it ends the thread and is raised in
-    whoever asks next, or waits.
+    whoever asks next, or waits. nudge: called by those who ask, so that a tick that waits ends soon.
     """
 
-    def __init__(self, tick: Callable[[], bool]) -> None:
-        self._tick = tick
+    def __init__(self, tick: Callable[[], bool], nudge: Callable[[], None]) -> None:
+        self._tick, self._nudge = tick, nudge
         self._asked: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._awaited: list[tuple[Callable[[], bool], Future[None]]] = []
         self._failure: BaseException | None = None
@@ -30,6 +30,7 @@ class Ahead:
         """Have `work` done between two ticks; its result or exception."""
         answer: Future[Any] = Future()
         self._asked.put((work, answer))
+        self._nudge()
         if self._failure is not None:
             self._refuse()
         return answer

@@ -70,7 +70,7 @@ class Collector:
         self.line = Line(job, source, self.stream)
         self._paused = False
         self._meter = Meter(self.stream)
-        self.ahead = Ahead(self._tick) if job.rollout.max_staleness else None
+        self.ahead = Ahead(self._tick, worker.nudge) if job.rollout.max_staleness else None
 
     def collect(self, step: int) -> Batch:
         """The batch of the RL step that follows `step` completed ones. Raises Interrupted: it can be asked again."""

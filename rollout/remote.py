@@ -82,6 +82,10 @@ class RemoteWorker(RolloutWorker):
             self._restore()
         return self.engine.take(LOOK_SECONDS)
 
+    def nudge(self) -> None:
+        with self.engine.changed:
+            self.engine.changed.notify_all()
+
     def suspend(self, ids: Iterable[str] | None = None) -> list[tuple[str, Trace]]:
         wanted = set(self.running if ids is None else ids)
         requests = {name: request for name, request in self.engine.requests.items() if name in wanted}

@@ -244,6 +244,9 @@ class RolloutWorker(abc.ABC):
     def step(self) -> list[tuple[str, Trace]]:
         """Advance the running requests by a token or so each; (name, trace) of those that ended, maybe none."""
 
+    def nudge(self) -> None:  # noqa: B027 - most never wait
+        """Have a `step` that waits in another thread return; called from any thread."""
+
     @abc.abstractmethod
     def suspend(self, ids: Iterable[str] | None = None) -> list[tuple[str, Trace]]:
         """Take running requests (default: all) out of the engine with what they have; their caches are freed.

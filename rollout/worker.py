@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A request in the engine, which calls it `name`; `versions`: (from which token on, weight version), ascending."""
+    """A request in the engine, which calls it `name`, and the list to which it adds the tokens that it hands out.
+
+    versions: (from which token on, weight version), ascending.
+    """
 
     request: Request
     name: str
+    ids: list[int]
     versions: list[tuple[int, int]]
 
     def trace(
@@ -86,9 +90,7 @@ class VllmWorker(RolloutWorker):
 
     @property
     def running_tokens(self) -> int:
-        return sum(
-            run.request.drawn + self._state(run).detokenizer.num_output_tokens() for run in self._running.values()
-        )
+        return sum(run.request.drawn + len(run.ids) for run in self._running.values())
 
     def _add(self, requests: list[Request]) -> None:
         if self.broken:
@@ -98,7 +100,8 @@ class VllmWorker(RolloutWorker):
             name = self.llm.llm_engine.add_request(
                 request.id, {"prompt_token_ids": request.read}, self._parameters(request)
             )
-            self._running[request.id] = Run(request, name, [(0, self.version)])
+            ids = self._state(name).detokenizer.output_token_ids
+            self._running[request.id] = Run(request, name, ids, [(0, self.version)])
 
     def _parameters(self, request: Request) -> SamplingParams:
         from vllm import SamplingParams
@@ -137,10 +140,9 @@ class VllmWorker(RolloutWorker):
         tail, begun = run.request.sampling.stop_repetition, run.request.begun
         if not tail:
             return False
-        new = self._count(run)
-        if new == 0 or (new + run.request.drawn) % CHECKED_EVERY:
+        if not run.ids or (len(run.ids) + run.request.drawn) % CHECKED_EVERY:
             return False
-        return goes_round([*(begun.completion_ids if begun else ()), *self._drawn(run)[0]], tail)
+        return goes_round([*(begun.completion_ids if begun else ()), *run.ids], tail)
 
     def suspend(self, ids: Iterable[str] | None = None) -> list[tuple[str, Trace]]:
         wanted = self._running.keys() if ids is None else set(ids)
@@ -152,8 +154,8 @@ class VllmWorker(RolloutWorker):
         return traces
 
     def _suspended(self, run: Run) -> Trace:
-        ids, entries = self._drawn(run)
-        return run.trace(ids, entries, "suspended", self._routing(run, ids))
+        entries = self._state(run.name).logprobs_processor.logprobs
+        return run.trace(list(run.ids), entries, "suspended", self._routing(run, run.ids))
 
     def _routing(self, run: Run, drawn: list[int]) -> torch.Tensor | None:
         """The experts of all tokens of a request that ends."""
@@ -161,16 +163,8 @@ class VllmWorker(RolloutWorker):
             return None
         return self.routing.take(run.name, len(run.request.read) + len(drawn))
 
-    def _drawn(self, run: Run) -> tuple[list[int], Sequence[dict]]:
-        """Tokens and their logprob entries that the engine has handed out for a running request."""
-        state = self._state(run)
-        return list(state.detokenizer.output_token_ids), state.logprobs_processor.logprobs
-
-    def _count(self, run: Run) -> int:
-        return self._state(run).detokenizer.num_output_tokens()
-
-    def _state(self, run: Run) -> RequestState:
-        return self.llm.llm_engine.output_processor.request_states[run.name]
+    def _state(self, name: str) -> RequestState:
+        return self.llm.llm_engine.output_processor.request_states[name]
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
         began = time.perf_counter()
@@ -237,7 +231,7 @@ class VllmWorker(RolloutWorker):
         scheduled = self.llm.llm_engine.engine_core.engine_core.scheduler.requests
         for run in self._running.values():
             launched = scheduled[run.name].num_output_placeholders
-            run.versions.append((self._count(run) + launched, self.version))
+            run.versions.append((len(run.ids) + launched, self.version))
 
     @property
     def model(self) -> torch.nn.Module:

@@ -88,8 +88,8 @@ def test_the_engine_can_be_stepped() -> None:
     source_has(OutputProcessor.__init__, "self.request_states", used)
     source_has(RequestState.__init__, "self.detokenizer", used)
     source_has(RequestState.__init__, "self.logprobs_processor", used)
-    assert hasattr(IncrementalDetokenizer, "num_output_tokens"), used
-    assert hasattr(IncrementalDetokenizer, "output_token_ids"), used
+    source_has(IncrementalDetokenizer.output_token_ids.fget, "return self.token_ids", used)
+    source_has(IncrementalDetokenizer.update, "self.token_ids.extend(new_token_ids)", used)
 
 
 def test_tokens_that_are_launched_but_not_handed_out_are_counted() -> None:

@@ -143,6 +143,7 @@ def test_a_recorded_run_is_learned_from_again_number_by_number(folder, whole):
 def test_asynchronous_run_learns_from_tokens_of_several_versions(folder):
     ahead = [
         "rollout.max_staleness=1",
+        "rollout.placement=process",
         "rollout.alarm.is_ess=0.999999",
         "rollout.alarm.logp_gap_mean=1e-9",
         "name=ahead",

@@ -185,3 +185,35 @@ def wait_for_row(process: subprocess.Popen, metrics: Path, kind: str) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(process.communicate()[1][-3000:])
+
+
+def test_a_run_whose_engine_is_killed_is_the_same_run(folder, whole):
+    arguments = ["job.yaml", "--set", "name=killed", "--set", "rollout.placement=process"]
+    process = start(folder, *arguments)
+    run = folder / "runs" / "killed"
+    wait_for_row(process, run / "metrics.jsonl", "rl")
+    (engine,) = [pid for pid in children(process.pid) if "engine_process" in command_line(pid)]
+    os.kill(engine, signal.SIGKILL)
+    finish(process)
+    (event,) = [row for row in rows(run, "event") if row["what"] == "engine restarted"]
+    assert "signal SIGKILL" in event["detail"]
+    for row, expected in zip(rows(run, "rl", "eval"), rows(whole, "rl", "eval"), strict=True):
+        assert same(row, expected), (row, expected)
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def same(found: object, expected: object) -> bool:
+    """Equal up to rounding, which depends on what else is in an engine's batch."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == (pytest.approx(expected, rel=1e-3, abs=1e-5) if isinstance(expected, float) else expected)

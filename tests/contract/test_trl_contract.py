@@ -1,12 +1,15 @@
 """What deltarl uses of TRL's and transformers' private parts: a failure names the place in rl/ that must change."""
 
 import inspect
+import re
 
 import pytest
 import torch
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
+
+from deltarl.rl import sft, trainer
 
 
 def parameters(function) -> list[str]:
@@ -63,11 +66,10 @@ def test_trainer_state_round_trip(tmp_path):
     assert TrainerState.load_from_json(str(tmp_path / "trainer_state.json")).global_step == 7
 
 
-def test_config_has_every_key_that_is_set():
-    import re
-
-    from deltarl.rl import trainer
-
-    keys = re.findall(r"^        (\w+)=", inspect.getsource(trainer.grpo_config), flags=re.MULTILINE)
-    unknown = set(keys) - set(parameters(GRPOConfig))
-    assert not unknown, f"GRPOConfig no longer knows {sorted(unknown)}: see grpo_config in rl/trainer.py"
+@pytest.mark.parametrize(
+    ("function", "config"), [(trainer.grpo_config, GRPOConfig), (sft.training_arguments, TrainingArguments)]
+)
+def test_config_has_every_key_that_is_set(function, config):
+    keys = re.findall(r"^        (\w+)=", inspect.getsource(function), flags=re.MULTILINE)
+    unknown = set(keys) - set(parameters(config))
+    assert keys and not unknown, f"{config.__name__} no longer knows {sorted(unknown)}: see {function.__qualname__}"

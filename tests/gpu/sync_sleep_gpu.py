@@ -1,6 +1,6 @@
 """Weight sync, sleep and an engine in its own process on one GPU, with a hybrid of a thousand million parameters.
 
-Run by hand:  python tests/gpu/sync_sleep_gpu.py        (under four minutes; a line for each check)
+Run by hand:  python tests/gpu/sync_sleep_gpu.py        (under four minutes on one card; a line for each check)
 
 Each part runs in a process of its own with its own time limit; a check that fails is printed and makes the exit code 1.
 """
@@ -26,7 +26,7 @@ from deltarl.rollout import Sampling, Trace, WeightSyncError, make_worker
 from deltarl.rollout.sync import checksums_in
 
 VOCAB = 32768
-LIMITS = {"colocated": 100, "process": 130}
+LIMITS = {"colocated": 100, "process": 130, "cards": 150}
 GREEDY = Sampling(temperature=0, max_tokens=32, ignore_eos=True)
 SAMPLED = Sampling(temperature=1.0, max_tokens=512, ignore_eos=True)
 ENGINE = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 64, "gpu_memory_utilization": 0.3, "seed": 0}
@@ -173,8 +173,28 @@ def process(folder: Path) -> None:
     print(f"     used by the card after all: {used():.2f} GiB", flush=True)
 
 
+def cards(folder: Path) -> None:
+    """The learner on the first card; the engine on the second, then on both."""
+    model = learner()
+    for version in range(1, 6):
+        scramble(model, version)
+    expected = json.loads((folder / "greedy.json").read_text())
+    for options in ({"gpu": 1}, {"tensor_parallel": 2}):
+        worker = started(folder, placement="process", **options)
+        worker.sync_weights(checkpoint_tensors(model), 5)
+        report = worker.sync_weights(checkpoint_tensors(model), 5)
+        check(f"sync with {options}", True, f"{report.bytes / 2**30:.2f} GiB, {1e3 * report.seconds:.0f} ms")
+        found = greedy(worker)
+        agreeing = sum(a == b for a, b in zip(found, expected, strict=True))
+        enough = len(expected) if "gpu" in options else 1  # two cards add up in another order
+        check(f"tokens with {options}", agreeing >= enough, f"{agreeing} of {len(expected)} completions are the same")
+        worker.close()
+
+
 def main() -> None:
     parts = {"colocated": colocated, "process": process}
+    if torch.cuda.device_count() > 1:
+        parts["cards"] = cards
     if len(sys.argv) == 3 and Path(sys.argv[2]).is_dir():
         parts[sys.argv[1]](Path(sys.argv[2]) / "model")
         sys.exit(bool(failures))

@@ -135,10 +135,8 @@ def gpu_settings(max_num_seqs: int) -> dict[str, Any]:
     """Settings under which our class runs best on a GPU: decode steps as whole CUDA graphs, no compiler.
 
     The layers call fused kernels themselves; torch.compile would add its minutes of start-up for next to nothing, and
-    there is nothing that FlashInfer could tune. vLLM's second model runner, which it still leaves aside for hybrids,
-    draws all tokens of a step in one kernel, each from its request's seed and the token's position.
+    there is nothing that FlashInfer could tune.
     """
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": graph_sizes(max_num_seqs)}
     return {"compilation_config": graphs, "enable_flashinfer_autotune": False}
 

@@ -1,7 +1,6 @@
 """Which experts tokens went to in the engine, so that the learner can send them there too."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,21 +23,13 @@ class RoutingRecorder:
 
     def _execute(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         result = self.execute(scheduled, *args, **kwargs)
-        counts = scheduled.num_scheduled_tokens
+        counts, batch = scheduled.num_scheduled_tokens, self.runner.input_batch
         rows, begin = self.buffer[: sum(counts.values())].clone(), 0
-        for name, computed in self._batch() if counts else ():
+        for name, computed in zip(batch.req_ids, batch.num_computed_tokens_cpu, strict=False):
             if count := counts.get(name, 0):
                 self.pieces[name].append((int(computed), rows[begin : begin + count]))
                 begin += count
         return result
-
-    def _batch(self) -> Iterator[tuple[str, int]]:
-        """Requests of the pass just made, in its order, and how many tokens of each were computed before it."""
-        if hasattr(self.runner, "input_batch"):
-            batch = self.runner.input_batch
-            return zip(batch.req_ids, batch.num_computed_tokens_cpu, strict=False)
-        batch = self.runner.execute_model_state.input_batch  # vLLM's second model runner
-        return zip(batch.req_ids, batch.num_computed_tokens_np, strict=True)
 
     def take(self, name: str, tokens: int) -> torch.Tensor:
         """[tokens, sparse layers, top_k], int16, of a request's first tokens; its record is given up.

@@ -45,11 +45,13 @@ class RunRow(TypedDict, total=False):
 
 
 class SftRow(TypedDict, total=False):
-    """`loss` in nats per target token; `tokens` seen in this step; `seconds` it took."""
+    """`loss` in nats per target token; `skipped`: 1 if it was left out, for it was not finite; `tokens` seen in this
+    step; `seconds` it took."""
 
     kind: Literal["sft"]
     step: int
     loss: float
+    skipped: int
     learning_rate: float
     tokens: int
     seconds: float
@@ -64,8 +66,8 @@ class RlRow(TypedDict, total=False):
     sampled token in nats; `is_ratio_mean` and `is_ess` are mean and effective sample size (a share) of the importance
     weights; `update_kl` is the KL of the policy before the step's updates to the one they made, mean over the updates;
     `time` maps phase to seconds, `verdicts` maps status to count, `parts` each part of a combined verifier to its mean
-    score. `skipped` counts the step's updates that were left out because loss or gradient were not finite; `loss` is the
-    mean over the others, null without any.
+    score. `skipped` counts the step's updates that were left out because loss or gradient were not finite; `loss` is
+    the mean over the others, null without any.
 
     PPO: `value_loss`, `critic_grad_norm`, and `explained_variance` of the returns by the values before the updates.
     Kimi: `tau`, as the step used it, `minibatches`, and `length_reward`, its mean. `ptx_loss` in nats per supervised

@@ -116,7 +116,8 @@ class Tally:
         self.sums, self.largest = {}, {}
         if not found:
             return {}
-        values = zip(found, torch.stack(list(found.values())).tolist(), strict=True)
+        device = next(reversed(found.values())).device  # what a checkpoint gave back lies on the CPU
+        values = zip(found, torch.stack([value.to(device) for value in found.values()]).tolist(), strict=True)
         return {name: value for name, value in values if value != -torch.inf}
 
 

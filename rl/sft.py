@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from deltarl.rl.checkpointing import Checkpointing
-from deltarl.rl.errors import UserError
+from deltarl.rl.checkpointing import Checkpointing, Stateful
+from deltarl.rl.errors import Diverged, UserError
 from deltarl.rl.forward import checkpoint_activations, enable_scoring, packed_logprobs, pads, unwrapped
+from deltarl.rl.guard import Guard
 from deltarl.rl.interrupt import StopRequest
 from deltarl.rl.jobs import Job
 from deltarl.rl.jobsections import SFTStage
@@ -81,6 +82,7 @@ class WarmUp(PackSteps, Checkpointing, Trainer):
     ) -> None:
         self.job, self.mixes, self.run, self.stop = job, mixes, run, stop
         self.settings = job.sft
+        self.guard = Guard(job.rl.max_skipped)
         self.bar: tqdm | None = None
         super().__init__(model=model, args=training_arguments(job, str(run.path)), processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
@@ -118,7 +120,21 @@ class WarmUp(PackSteps, Checkpointing, Trainer):
         losses: list[Callable[[], Tensor]] = [
             lambda pack=pack: self._loss(model, pack.to(self.accelerator.device), targets) for pack in packs
         ]
-        return self.backward(model, losses)
+        loss = self.backward(model, losses)
+        if not self.guard.passes([model], loss):
+            self._skip()
+        return loss
+
+    def _skip(self) -> None:
+        """Say that a step is left out, as nothing finite came of it. Raises Diverged if that were enough."""
+        step, what = self.state.global_step + 1, f"loss or gradient not finite, {self.guard.in_a_row} in a row"
+        self.run.event("skipped_update", step, f"SFT: {what}")
+        if self.guard.exhausted:
+            raise Diverged(f"stopped in SFT step {step}: {what}")
+
+    def parts(self) -> dict[str, Stateful]:
+        """What counts the steps that were left out."""
+        return {"guard": self.guard}
 
     def _rows(self, step: int) -> Any:
         """The rows of an optimizer step, from 0."""
@@ -142,7 +158,7 @@ class WarmUp(PackSteps, Checkpointing, Trainer):
         super().log(logs, start_time)
         step, now = self.state.global_step, time.perf_counter()
         row = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-        row |= self._tally.take() | {"tokens": self._tokens, "seconds": now - self._began}
+        row |= self._tally.take() | {"skipped": self.guard.take(), "tokens": self._tokens, "seconds": now - self._began}
         self.run.metrics.append({"kind": "sft", "step": step, **row})
         self._began = now
         if self.bar is not None:

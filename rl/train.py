@@ -253,8 +253,10 @@ def resume_point(folder: RunFolder, updates_per_step: int) -> tuple[int, Path | 
 
 def last_good(folder: RunFolder) -> str:
     """Where a run that diverged can be gone on from."""
-    step = folder.latest()
-    return "it has no checkpoint" if step is None else f"its last good checkpoint is {folder.checkpoint(step)}"
+    for stage in ("rl", "sft"):
+        if (step := folder.latest(stage)) is not None:
+            return f"its last good checkpoint is {folder.checkpoint(step, stage)}"
+    return "it has no checkpoint"
 
 
 def open_learner(job: Job, start: str, checkpoint: Path | None) -> tuple[Any, Any]:

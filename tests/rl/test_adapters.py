@@ -1,16 +1,20 @@
 """LoRA on every arm: starts as nothing, trains alone, leaves the base as it is, arrives merged, saved, resumed."""
 
+import json
 import sys
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from tiny_models import MOE, tiny_model, tiny_tokenizer, token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deltarl.model import ARMS, checkpoint_tensors, load_model, save_checkpoint
 from deltarl.rl.adapters import add_adapters, check_adapters, has_adapters, load_adapters, merged_state, save_adapters
+from deltarl.rl.cli import main
 from deltarl.rl.errors import UserError
 from deltarl.rl.optimizers import make_optimizer
 from deltarl.rl.precision import check_precision
@@ -131,3 +135,44 @@ def test_missing_peft_is_one_line(monkeypatch):
 
 def test_a_model_without_adapters_has_none():
     assert not has_adapters(tiny_model())
+
+
+JOB = {
+    "seed": 3,
+    "model": {"vocab_size": 300, "lora": {"rank": 2, "alpha": 4}},
+    "data": {"train_size": 8, "heldout_size": 2},
+    "rollout": {"engine": "hf", "max_model_len": 96, "max_num_seqs": 8},
+    "rl": {
+        "steps": 2,
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "scale_rewards": "none",
+        "baseline": "none",
+        "learning_rate": 1e-2,
+        "max_completion_length": 4,
+        "checkpoint_every": 1,
+    },
+    "rewards": {"verifier": "length", "options": {"shape": "target", "target": 4}},
+    "eval": {"every": 0},
+}
+
+
+def test_a_run_trains_adapters_and_resumes_them(tmp_path):
+    job = {**JOB, "name": "run", "runs_dir": str(tmp_path)}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    assert main(["train", str(tmp_path / "job.yaml")]) == 0
+    run = tmp_path / "run"
+    rows = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "rl"]
+    assert all(row["logp_gap_max"] < 1e-4 for row in rows), "the engine has base and adapters, merged"
+
+    base, merged = (load_file(run / "checkpoints" / step / "model.safetensors") for step in ("0", "2"))
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed and all(".self_attn." in name or ".mlp." in name for name in changed)
+    assert not any("embed" in name or "norm" in name or "A_log" in name for name in changed)
+
+    last = run / "checkpoints" / "2"
+    files = [last / "model.safetensors", last / "adapter" / "adapter_model.safetensors", last / "optimizer.pt"]
+    before = [file.read_bytes() for file in files]
+    last.rename(run / "checkpoints" / "2.aside")
+    assert main(["train", "--resume", str(run)]) == 0
+    assert [file.read_bytes() for file in files] == before, "the step from checkpoint 1 was repeated exactly"

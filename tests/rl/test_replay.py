@@ -86,6 +86,15 @@ def test_a_step_that_is_left_out_changes_nothing_and_the_run_goes_on(tmp_path, c
     capsys.readouterr()
 
 
+def test_a_warm_up_that_blows_up_stops(tmp_path, capsys):
+    job = {**JOB, "name": "run", "runs_dir": str(tmp_path), "sft": {"steps": 9, "batch_size": 2, "learning_rate": 1e30}}
+    job["sft"] |= {"warmup_steps": 0, "max_length": 64}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    assert main(["sft", str(tmp_path / "job.yaml")]) == 3
+    assert "stopped in SFT step 4" in capsys.readouterr().err.splitlines()[-1]
+    assert [row["skipped"] for row in rows(tmp_path / "run", "sft")] == [0, 1, 1]
+
+
 def test_replay_names_what_it_needs(tmp_path, capsys):
     assert main(["replay", str(tmp_path)]) == 2
     assert "no batch to replay" in capsys.readouterr().err

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec 9<requirements/install.sh && flock 9
 
-readonly base_python=${PYTHON:-python3} python=.venv/bin/python needed_mb=$([[ $* == *test* ]] && echo 4300 || echo 3000)
+readonly base_python=${PYTHON:-python3} python=.venv/bin/python needed_mb=$([[ $* == *test* ]] && echo 4500 || echo 3000)
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 say() { printf '[deltarl set-up] %s\n' "$*"; }

@@ -60,7 +60,9 @@ def others(folder: str) -> set[str]:
     """The foreign modules a folder may import: its own list, and for rl every declared dependency, extras and peers."""
     if folder != "rl":
         return OTHERS[folder]
-    declared = {Requirement(line).name.replace("-", "_") for line in PROJECT["project"]["dependencies"]}
+    extras = PROJECT["project"]["optional-dependencies"]
+    lines = [*PROJECT["project"]["dependencies"], *extras["lora"], *extras["8bit"]]
+    declared = {Requirement(line).name.replace("-", "_") for line in lines}
     return declared - {"pyyaml"} | {"yaml", "vllm", "triton", "math_verify", "fla"}
 
 

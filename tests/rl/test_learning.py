@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import yaml
 from safetensors import safe_open
+from test_train import MEASURED_TIME
 
 from deltarl.rl.collect import Collector
 from deltarl.rl.interrupt import StopRequest
@@ -93,7 +94,7 @@ def trainer_of(policy, worker, overrides, checkpoint=None):
 def rl_rows(trainer):
     """What was measured in each step, without what measures time."""
     rows = [row for row in read_metrics(trainer.run.metrics.path) if row["kind"] == "rl"]
-    return [{key: value for key, value in row.items() if key not in ("time", "tokens_per_second")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in MEASURED_TIME} for row in rows]
 
 
 def options(settings):

@@ -23,27 +23,27 @@ from deltarl.rl.train import train
 from deltarl.rl.trainer import RLTrainer, updates_per_step
 
 ANSWERS = {"a?": "0", "b?": "3", "c?": "2", "d?": "1"}
-STEPS = 18
+STEPS = 24
 LEVEL = 0.9
 JOB = {
     "name": "bandit",
     "data": {"source": "questions.jsonl", "heldout": "heldout.jsonl", "heldout_size": 1},
     "rewards": {"verifier": "exact"},
     "sft": {
-        "steps": 40, "batch_size": 40, "learning_rate": 3.0e-3, "max_length": 32, "warmup_steps": 5,
+        "steps": 60, "batch_size": 60, "learning_rate": 3.0e-3, "max_length": 32, "warmup_steps": 5,
         "sources": [{"name": "digits.jsonl"}],
     },
     "model": {"arm": "mla", "vocab_size": 280},
     "rollout": {"max_model_len": 32, "max_num_seqs": 128},
     "rl": {
-        "steps": STEPS, "prompts_per_step": 4, "num_generations": 16, "minibatches": 2,
-        "learning_rate": 5.0e-4, "max_completion_length": 3,
+        "steps": STEPS, "prompts_per_step": 4, "num_generations": 32, "minibatches": 2,
+        "learning_rate": 3.0e-4, "max_completion_length": 3,
     },
 }  # fmt: skip
 ALGORITHMS = {
     "grpo": {"algorithm": "grpo"},
     "ppo": {"algorithm": "ppo", "critic": {"kind": "head", "warmup_steps": 1}},
-    "kimi": {"algorithm": "kimi", "kimi": {"tau": 0.1, "target_kl": 0.05, "adapt_minibatches": True}},
+    "kimi": {"algorithm": "kimi", "kimi": {"tau": 0.5, "target_kl": 0.02, "adapt_minibatches": True}},
 }
 
 
@@ -109,7 +109,7 @@ def test_learns_the_bandit(bandit, algorithm, seed):
     rows = rl_rows(trainer)
     accuracy = [row["accuracy"] for row in rows]
     assert len(rows) == STEPS
-    assert accuracy[0] < 0.6, "0.4, give or take three standard errors of 64 samples"
+    assert accuracy[0] < 0.6, "0.4, give or take four standard errors of 128 samples"
     assert sum(accuracy[-4:]) / 4 >= LEVEL, accuracy
 
 

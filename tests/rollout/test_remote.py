@@ -3,6 +3,7 @@
 Seeds decide the tokens, so a completion that was drawn again after a loss must be the one that it would have been.
 """
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -94,24 +95,27 @@ def test_progress_counts_up_to_everything(worker, prompts) -> None:
 
 
 def test_requests_are_suspended_and_gone_on_with(worker, prompts) -> None:
-    worker.add(Request(f"r{place}", prompt, SAMPLED, place) for place, prompt in enumerate(prompts))
+    """The first request is still being drawn when the first of the others, a third as long, ends."""
+    lengths = {f"r{place}": 288 if place == 0 else SAMPLED.max_tokens for place in range(len(prompts))}
+    sampling = {name: dataclasses.replace(SAMPLED, max_tokens=length) for name, length in lengths.items()}
+    worker.add(Request(f"r{place}", prompt, sampling[f"r{place}"], place) for place, prompt in enumerate(prompts))
     ended: dict = {}
     while not ended:
         ended.update(worker.step())
     taken = dict(worker.suspend())
     assert worker.unfinished == 0
-    assert taken.keys() | ended.keys() == {f"r{place}" for place in range(len(prompts))}
+    assert taken.keys() | ended.keys() == lengths.keys()
     assert not taken.keys() & ended.keys()
     begun = {name: trace for name, trace in taken.items() if trace.finish_reason == "suspended"}
-    assert any(trace.completion_ids for trace in begun.values())
-    worker.add(Request(name, trace.prompt_ids, SAMPLED, 0, begun=trace) for name, trace in begun.items())
+    assert begun["r0"].completion_ids
+    worker.add(Request(name, trace.prompt_ids, sampling[name], 0, begun=trace) for name, trace in begun.items())
     rest: dict = {}
     while worker.unfinished:
         rest.update(worker.step())
     for name, trace in begun.items():
         drawn = len(trace.completion_ids)
         assert rest[name].completion_ids[:drawn] == trace.completion_ids
-        assert len(rest[name].completion_ids) == SAMPLED.max_tokens
+        assert len(rest[name].completion_ids) == lengths[name]
 
 
 def test_refused_syncs_leave_the_old_weights(worker, model, make_hybrid, prompts) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,26 +21,30 @@ from deltarl.rollout.types import CHECKED_EVERY, Request, RolloutWorker, SyncRep
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.v1.engine.output_processor import RequestState
+
+    from deltarl.rollout.vllm_scheduler import Drawn
 
 
 @dataclass
 class Run:
-    """A request in the engine, which calls it `name`, and the list to which it adds the tokens that it hands out.
+    """A request in the engine, which calls it `name`, and what it has drawn so far.
 
     versions: (from which token on, weight version), ascending.
     """
 
     request: Request
     name: str
-    ids: list[int]
+    drawn: Drawn
     versions: list[tuple[int, int]]
 
-    def trace(
-        self, ids: list[int], entries: Sequence[dict], finish_reason: str, routing: torch.Tensor | None = None
-    ) -> Trace:
-        """The trace of the tokens drawn so far; `entries` are vLLM's, one dict of token to Logprob per token."""
-        logprobs = [entry[token].logprob for token, entry in zip(ids, entries, strict=True)]
+    @property
+    def ids(self) -> list[int]:
+        """The tokens drawn so far; grows as the engine draws."""
+        return self.drawn.ids
+
+    def trace(self, finish_reason: str, routing: torch.Tensor | None = None) -> Trace:
+        """The trace of the tokens drawn so far."""
+        ids, logprobs = list(self.drawn.ids), list(self.drawn.logprobs)
         ends = [begin for begin, _ in self.versions[1:]] + [len(ids)]
         versions: list[int] = []
         for end, (_, version) in zip(ends, self.versions, strict=True):
@@ -95,13 +99,14 @@ class VllmWorker(RolloutWorker):
     def _add(self, requests: list[Request]) -> None:
         if self.broken:
             raise WeightSyncError(self.broken)
+        from deltarl.rollout.vllm_scheduler import keep_drawn
+
         self.wake()
         for request in requests:
             name = self.llm.llm_engine.add_request(
                 request.id, {"prompt_token_ids": request.read}, self._parameters(request)
             )
-            ids = self._state(name).detokenizer.output_token_ids
-            self._running[request.id] = Run(request, name, ids, [(0, self.version)])
+            self._running[request.id] = Run(request, name, keep_drawn(self._scheduler, name), [(0, self.version)])
 
     def _parameters(self, request: Request) -> SamplingParams:
         from vllm import SamplingParams
@@ -126,11 +131,8 @@ class VllmWorker(RolloutWorker):
             raise WeightSyncError(self.broken)
         ended = []
         for output in self.llm.llm_engine.step() if self._running else ():
-            completion = output.outputs[0]
             run = self._running.pop(output.request_id)
-            ids = list(completion.token_ids)
-            trace = run.trace(ids, completion.logprobs, completion.finish_reason, self._routing(run, ids))
-            ended.append((output.request_id, trace))
+            ended.append((output.request_id, run.trace(output.outputs[0].finish_reason, self._routing(run))))
         stuck = [name for name, run in self._running.items() if self._goes_round(run)]
         if stuck:
             ended += [(name, replace(trace, finish_reason="repetition")) for name, trace in self.suspend(stuck)]
@@ -147,24 +149,21 @@ class VllmWorker(RolloutWorker):
     def suspend(self, ids: Iterable[str] | None = None) -> list[tuple[str, Trace]]:
         wanted = self._running.keys() if ids is None else set(ids)
         runs = [run for name, run in self._running.items() if name in wanted]
-        traces = [(run.request.id, self._suspended(run)) for run in runs]
+        traces = [(run.request.id, run.trace("suspended", self._routing(run))) for run in runs]
         self.llm.llm_engine.abort_request([run.name for run in runs], internal=True)
         for run in runs:
             del self._running[run.request.id]
         return traces
 
-    def _suspended(self, run: Run) -> Trace:
-        entries = self._state(run.name).logprobs_processor.logprobs
-        return run.trace(list(run.ids), entries, "suspended", self._routing(run, run.ids))
-
-    def _routing(self, run: Run, drawn: list[int]) -> torch.Tensor | None:
+    def _routing(self, run: Run) -> torch.Tensor | None:
         """The experts of all tokens of a request that ends."""
         if self.routing is None:
             return None
-        return self.routing.take(run.name, len(run.request.read) + len(drawn))
+        return self.routing.take(run.name, len(run.request.read) + len(run.ids))
 
-    def _state(self, name: str) -> RequestState:
-        return self.llm.llm_engine.output_processor.request_states[name]
+    @property
+    def _scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncReport:
         began = time.perf_counter()
@@ -228,7 +227,7 @@ class VllmWorker(RolloutWorker):
     def _mark_version(self) -> None:
         """Note for each running request at which token the new version begins: after those that the engine has
         launched already, one step ahead of what it has handed out."""
-        scheduled = self.llm.llm_engine.engine_core.engine_core.scheduler.requests
+        scheduled = self._scheduler.requests
         for run in self._running.values():
             launched = scheduled[run.name].num_output_placeholders
             run.versions.append((len(run.ids) + launched, self.version))

@@ -1,10 +1,11 @@
 """Train a job with an engine that is off on purpose, with and without importance correction; print what became of it.
 
-    python -P tools/perturbed_engine.py jobs/quickstart.yaml --noise 0.1 --heat 1.5 --seeds 0 1 2 --set rl.steps=40
+    python -P tools/perturbed_engine.py jobs/quickstart.yaml --lag 16 --seeds 0 1 2 --set rl.steps=40
 
 The engine draws from another policy than the learner holds, and records that policy's logprobs; without correction the
 learner takes what was drawn for its own. --noise: after every weight sync each tensor in the engine is
 W + noise x rms(W) x N(0, 1), drawn anew from (seed, version). --heat: the engine draws at heat x rl.temperature.
+--lag: the engine gets the learner's weights after every lag-th step only, and draws with the old ones in between.
 Accuracies are shares of right training samples, drawn from that engine; the last column is the learner's own held-out
 accuracy, from an engine as it should be.
 """
@@ -30,10 +31,11 @@ LAST = 5
 
 
 class PerturbedEngine:
-    """A rollout worker with noisy weights that draws hotter than it is asked to; the rest is the worker's own."""
+    """A rollout worker with noisy or old weights that draws hotter than it is asked to; the rest is its own."""
 
-    def __init__(self, worker: Any, noise: float, heat: float, seed: int) -> None:
-        self.worker, self.noise, self.heat, self.seed = worker, noise, heat, seed
+    def __init__(self, worker: Any, noise: float, heat: float, lag: int, seed: int) -> None:
+        self.worker, self.noise, self.heat, self.lag, self.seed = worker, noise, heat, lag, seed
+        self.held: list[tuple[str, torch.Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.worker, name)
@@ -46,21 +48,23 @@ class PerturbedEngine:
         return replace(sampling, temperature=self.heat * sampling.temperature)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Any:
-        """The worker's sync, with noise on each tensor."""
-        return self.worker.sync_weights(self._noisy(named_tensors, version), version)
+        """The worker's sync, of the weights that it is to have at this version, with noise on each tensor."""
+        if not self.held or version % self.lag == 0:
+            self.held = [(name, tensor.clone()) for name, tensor in named_tensors]
+        return self.worker.sync_weights(self._noisy(version), version)
 
-    def _noisy(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Iterator[Any]:
+    def _noisy(self, version: int) -> Iterator[tuple[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + version)
-        for name, tensor in named_tensors:
+        for name, tensor in self.held:
             drawn = torch.randn(tensor.shape, generator=generator).to(tensor.device)
             scale = self.noise * tensor.float().square().mean().sqrt()
             yield name, (tensor + scale * drawn).to(tensor.dtype)
 
 
-def run(job: Job, noise: float, heat: float) -> tuple[list[dict[str, Any]], float]:
+def run(job: Job, noise: float, heat: float, lag: int) -> tuple[list[dict[str, Any]], float]:
     """The rows of a run's steps, and the learner's held-out accuracy after it."""
     opened = runs.open_engine
-    runs.open_engine = lambda job, path: PerturbedEngine(open_engine(job, path), noise, heat, job.seed)
+    runs.open_engine = lambda job, path: PerturbedEngine(open_engine(job, path), noise, heat, lag, job.seed)
     try:
         folder = runs.train(job)
     finally:
@@ -75,6 +79,7 @@ def main() -> None:
     parser.add_argument("job")
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--heat", type=float, default=1.0)
+    parser.add_argument("--lag", type=int, default=1)
     parser.add_argument("--modes", nargs="+", default=["none", "token_truncate"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -85,7 +90,7 @@ def main() -> None:
     for mode in args.modes:
         for seed in args.seeds:
             chosen = [f"rl.importance_sampling={mode}", f"seed={seed}", f"name=perturbed-{mode}-{seed}"]
-            rows, heldout = run(load_job(args.job, [*args.overrides, *chosen]), args.noise, args.heat)
+            rows, heldout = run(load_job(args.job, [*args.overrides, *chosen]), args.noise, args.heat, args.lag)
             accuracy = [row["accuracy"] or 0.0 for row in rows]
             ess = sum(row["is_ess"] for row in rows) / len(rows)
             table.append(

@@ -145,14 +145,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def print_table(rows: list[dict[str, Any]]) -> None:
     print(
         f"{'arm':4s} {'class':8s} {'context':>8s} {'batch':>6s} {'tokens/s':>10s} {'ms/token':>9s} {'of it GPU':>9s} "
-        f"{'MB/seq':>8s}  note"
+        f"{'host us':>8s} {'runner us':>9s} {'MB/seq':>8s}  note"
     )
     for row in rows:
         if row["kind"] == "start":
-            numbers = f"{'':55s}  first token after {row['seconds']:.1f} s, {row['note']}"
+            numbers = f"{'':74s}  first token after {row['seconds']:.1f} s, {row['note']}"
         else:
             numbers = (
                 f"{row['context']:8d} {row['batch']:6d} {row['tokens_per_second']:10.0f} {row['ms_per_token']:9.2f} "
-                f"{row['gpu_ms']:9.2f} {row['cache_bytes'] / 1e6:8.1f}  {row['note']}"
+                f"{row['gpu_ms']:9.2f} {row['host_us']:8.1f} {row['runner_us']:9.1f} {row['cache_bytes'] / 1e6:8.1f}  "
+                f"{row['note']}"
             )
         print(f"{row['arm']:4s} {row['served']:8s} {numbers}")

@@ -13,6 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 class PresentContext(KVConnectorBase_V1, SupportsHMA):
     present = True
     """False: prompts are read."""
+    only_admits = True
+    """Nothing is asked of it about requests that run."""
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int, bool]:
         return max(0, request.num_tokens - num_computed_tokens - 1) if self.present else 0, False

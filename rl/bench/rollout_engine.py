@@ -8,14 +8,14 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 WARM_STEPS = 8
 PROFILED_STEPS = 8
-SPARE_STEPS = 4 * WARM_STEPS + 2 * PROFILED_STEPS
+SPARE_STEPS = 4 * WARM_STEPS + 3 * PROFILED_STEPS
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Row:
     """One measurement. kind: `start` (seconds until the first token), `decode`, or `whole` (prompts read for real).
 
     gpu_ms: the time of a decode step's kernels, in milliseconds; what ms_per_token has over it is waiting for the host.
+    host_us: microseconds of processor time for a sequence and decode step, in the thread that steps the engine, outside
+    of vLLM's model runner; runner_us: inside of it.
     """
 
     arm: str
@@ -57,6 +59,8 @@ class Row:
     tokens_per_second: float = 0.0
     ms_per_token: float = 0.0
     gpu_ms: float = 0.0
+    host_us: float = 0.0
+    runner_us: float = 0.0
     cache_bytes: int = 0
 
 
@@ -85,7 +89,7 @@ class Engine:
             },
         )
         self.core = self.llm.llm_engine
-        self.cache = self.core.engine_core.engine_core.scheduler.kv_cache_config
+        self.cache = self.scheduler.kv_cache_config
         self.requests = 0
 
     @property
@@ -111,20 +115,29 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        from deltarl.rollout.vllm_scheduler import keep_drawn
+
         params = SamplingParams(
             temperature=1.0,
             max_tokens=tokens,
             ignore_eos=True,
+            seed=self.requests,
+            logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self.requests += 1
-        self.core.add_request(str(self.requests), {"prompt_token_ids": prompt}, params)
+        name = self.core.add_request(str(self.requests), {"prompt_token_ids": prompt}, params)
+        keep_drawn(self.scheduler, name)
         return str(self.requests)
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.engine_core.engine_core.scheduler
 
     def drawn(self) -> int:
         """Tokens drawn so far for the requests that run."""
-        return sum(s.detokenizer.num_output_tokens() for s in self.core.output_processor.request_states.values())
+        return sum(request.num_output_tokens for request in self.scheduler.requests.values())
 
     def step_until(self, tokens: int) -> None:
         while self.drawn() < tokens:
@@ -133,17 +146,15 @@ class Engine:
             self.core.step()
         synchronize()
 
-    def decode(self, context: int, batch: int) -> tuple[int, int, float, float]:
-        """Sequences, tokens, seconds, and milliseconds of kernels a step, of `steps` decode steps of a batch whose
-        sequences begin at this context.
+    def decode(self, context: int, batch: int) -> dict[str, Any]:
+        """What a `Row` says of `steps` decode steps of a batch whose sequences begin at this context.
 
         The batch is smaller than asked for when the scheduler did not admit all.
         """
-        scheduler = self.core.engine_core.engine_core.scheduler
         prompt = [1 + place % (self.vocab_size - 1) for place in range(context)]
         names = [self.add(prompt, self.spec.steps + SPARE_STEPS) for _ in range(batch)]
         self.step_until(WARM_STEPS * batch // 2)
-        running = {request.request_id.split("-")[0] for request in scheduler.running}
+        running = {request.request_id.split("-")[0] for request in self.scheduler.running}
         left_out = [name for name in names if name not in running]
         self.core.abort_request(left_out)
         batch -= len(left_out)
@@ -153,13 +164,22 @@ class Engine:
         self.step_until(before + self.spec.steps * batch)
         seconds, tokens = time.perf_counter() - began, self.drawn() - before
         gpu_ms = self.kernel_milliseconds()
-        evicted = len(scheduler.waiting)
+        host_us, runner_us = self.host_microseconds(batch)
+        evicted = len(self.scheduler.waiting)
         self.core.abort_request(names)
         while self.core.has_unfinished_requests():
             self.core.step()
         if evicted:
             raise RuntimeError(f"{evicted} of {batch} sequences lost their cache at context {context}")
-        return batch, tokens, seconds, gpu_ms
+        return {
+            "batch": batch,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "ms_per_token": seconds / tokens * batch * 1e3,
+            "gpu_ms": gpu_ms,
+            "host_us": host_us,
+            "runner_us": runner_us,
+        }
 
     def kernel_milliseconds(self) -> float:
         """Milliseconds that the kernels of a step take, from a profile of a few steps more; 0 without a GPU."""
@@ -173,6 +193,31 @@ class Engine:
                 self.core.step()
             synchronize()
         return sum(event.self_device_time_total for event in profiled.key_averages()) / PROFILED_STEPS / 1e3
+
+    def host_microseconds(self, batch: int) -> tuple[float, float]:
+        """Processor time of this thread per sequence and step outside and inside of the model runner, of a few steps
+        more."""
+        executor, inside = self.core.engine_core.engine_core.model_executor, 0.0
+
+        def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal inside
+                began = time.thread_time()
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    inside += time.thread_time() - began
+
+            return call
+
+        executor.execute_model, executor.sample_tokens = timed(executor.execute_model), timed(executor.sample_tokens)
+        began = time.thread_time()
+        for _ in range(PROFILED_STEPS):
+            self.core.step()
+        whole = time.thread_time() - began
+        del executor.execute_model, executor.sample_tokens
+        per_token = 1e6 / PROFILED_STEPS / batch
+        return (whole - inside) * per_token, inside * per_token
 
     def whole(self, batch: int, prompt: int, tokens: int) -> float:
         """Seconds for a batch of this many prompts, read for real, and so many tokens for each."""
@@ -251,19 +296,8 @@ def measure(spec: Spec) -> Iterator[Row]:
         if equal := spec.equal.get(str(context)):
             batches[min(equal, most)] = "equal batch" if equal != most else "equal batch, its largest"
         for batch, note in sorted(batches.items()):
-            batch, tokens, seconds, gpu_ms = engine.decode(context, batch)
-            yield Row(
-                **row,
-                kind="decode",
-                context=context,
-                batch=batch,
-                note=note,
-                seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                ms_per_token=seconds / tokens * batch * 1e3,
-                gpu_ms=gpu_ms,
-                cache_bytes=engine.bytes_of(last),
-            )
+            found = engine.decode(context, batch)
+            yield Row(**row, **found, kind="decode", context=context, note=note, cache_bytes=engine.bytes_of(last))
     engine.llm.llm_engine.engine_core.shutdown()
 
 

@@ -1,6 +1,7 @@
 """Kimi Delta Attention operators: a reference, torch code for any device, and the dispatcher above them."""
 
 from deltarl.kernels.dispatch import (
+    add_rms_norm_,
     causal_conv1d,
     causal_conv1d_decode_,
     gated_rms_norm,
@@ -14,6 +15,7 @@ from deltarl.kernels.dispatch import (
 from deltarl.kernels.reference import dplr_reference, kda_reference
 
 __all__ = [
+    "add_rms_norm_",
     "causal_conv1d",
     "causal_conv1d_decode_",
     "dplr_reference",

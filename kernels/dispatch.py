@@ -11,9 +11,10 @@ from functools import cache, wraps
 
 import torch
 
-from deltarl.kernels import chunk, conv, gated_norm, gdn, recurrent
+from deltarl.kernels import add_norm, chunk, conv, gated_norm, gdn, recurrent
 
 TORCH: Mapping[str, Callable] = {
+    "add_rms_norm_": add_norm.add_rms_norm_,
     "kda_chunk": chunk.kda_chunk,
     "kda_recurrent": recurrent.kda_recurrent,
     "kda_decode_": recurrent.kda_decode_,
@@ -54,6 +55,7 @@ def _dispatched(name: str) -> Callable:
     return operator
 
 
+add_rms_norm_ = _dispatched("add_rms_norm_")
 kda_chunk = _dispatched("kda_chunk")
 kda_recurrent = _dispatched("kda_recurrent")
 kda_decode_ = _dispatched("kda_decode_")

@@ -35,7 +35,7 @@ class DeltaAttention(nn.Module):
         qkv, *_, beta = self.in_proj.blocks()
         self.q_proj, self.k_proj, self.v_proj = (Weight(block, cut=0) for block in qkv.chunk(3))
         self.b_proj = Weight(beta, cut=0)
-        self.conv_weight = torch.empty(3 * self.size, width)
+        self.conv_weight = torch.empty(3 * self.size, width, dtype=torch.float32)
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (Weight(w, 0) for w in self.conv_weight.unsqueeze(1).chunk(3))
         self.A_log = parameter(torch.empty(self.heads, dtype=torch.float32), cut=0)
         self.o_norm = RMSNorm(self.head_dim, config.rms_norm_eps)

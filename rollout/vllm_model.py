@@ -97,7 +97,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid):
         return self.model(positions, self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(hidden_states).float()
+        return self.lm_head(hidden_states)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:

@@ -41,6 +41,7 @@ CONFIGS = {
     "conv": Config(block=512, num_warps=2, num_stages=1),
     "conv_backward": Config(block=256, num_warps=2, num_stages=1),
     "conv_decode": Config(block=512, num_warps=2, num_stages=1),
+    "add_norm": Config(block=0, num_warps=4, num_stages=1),
     "gated_norm": Config(block=4096, num_warps=4, num_stages=1),
     "gated_norm_backward": Config(block=2048, num_warps=4, num_stages=1),
 }

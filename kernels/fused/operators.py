@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltarl.kernels.add_norm import add_rms_norm_ as add_rms_norm_torch
 from deltarl.kernels.chunk import kda_chunk as kda_chunk_torch
 from deltarl.kernels.conv import causal_conv1d as causal_conv1d_torch
 from deltarl.kernels.conv import causal_conv1d_decode_ as causal_conv1d_decode_torch
+from deltarl.kernels.fused.add_norm import add_rms_norm_ as add_rms_norm_triton
 from deltarl.kernels.fused.chunk import kda_chunk as kda_chunk_triton
 from deltarl.kernels.fused.conv import causal_conv1d as causal_conv1d_triton
 from deltarl.kernels.fused.conv_decode import causal_conv1d_decode_ as causal_conv1d_decode_triton
@@ -86,3 +88,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, **options: Any) -> T
     """See `deltarl.kernels.gated_rms_norm`. Triton's: x and gate of 16 or 32 bits, rows of up to 1024 numbers."""
     taken = x.dtype in SHORT and gate.dtype in SHORT and 0 < weight.numel() <= 1024
     return (gated_rms_norm_triton if taken else gated_rms_norm_torch)(x, gate, weight, **options)
+
+
+def add_rms_norm_(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    """See `deltarl.kernels.add_rms_norm_`. Triton's: x of 16 or 32 bits."""
+    return (add_rms_norm_triton if x.dtype in SHORT else add_rms_norm_torch)(x, weight, **options)

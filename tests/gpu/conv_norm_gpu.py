@@ -16,6 +16,7 @@ import triton
 
 from deltarl.kernels import conv as conv_in_torch
 from deltarl.kernels import gated_norm as norm_in_torch
+from deltarl.kernels.fused.add_norm import add_rms_norm_
 from deltarl.kernels.fused.conv import block_table, causal_conv1d
 from deltarl.kernels.fused.conv_decode import causal_conv1d_decode_
 from deltarl.kernels.fused.gated_norm import gated_rms_norm
@@ -168,6 +169,23 @@ def decoding(channels_last: bool) -> str:
     return f"y {error:.1e}"
 
 
+def stream_case(rows: int, width: int, dtype: torch.dtype = torch.bfloat16, padding: int = 0) -> str:
+    """The norm of the residual stream, with and without one."""
+    x, weight = draw(rows, width + padding, dtype=dtype)[:, padding:], draw(width, dtype=torch.float32)
+    stream = draw(rows + 1, width, dtype=torch.float32)[1:].clone()
+    total = stream + x
+    errors = {"alone": distance(add_rms_norm_(x, weight, eps=EPS), rms_norm(x.double(), weight))}
+    errors["added"] = distance(add_rms_norm_(x, weight, eps=EPS, residual=stream), rms_norm(total.double(), weight))
+    assert torch.equal(stream, total), "the residual is not the sum"
+    over = [name for name, error in errors.items() if not error <= LIMITS[dtype]]
+    assert not over, " ".join(f"{name} {errors[name]:.1e}" for name in over) + " over the limit"
+    return " ".join(f"{name} {error:.1e}" for name, error in errors.items())
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight.double() * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
 def cases() -> dict[str, Callable]:
     short = torch.tensor([0, *(i % 6 for i in range(300))]).cumsum(0).tolist()
     rows = {f"conv T={t}": lambda t=t: conv_case(t) for t in (1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 127, 129, 2047)}
@@ -192,7 +210,10 @@ def cases() -> dict[str, Callable]:
     }
     rows |= {f"norm V={v}": lambda v=v: norm_case(2, 333, 3, v) for v in (32, 48, 64, 128, 256)}
     rows |= {f"norm {d}": lambda d=d: norm_case(1, 500, 2, 128, dtype=d) for d in (torch.float16, torch.float32)}
+    rows |= {f"stream norm D={d}": lambda d=d: stream_case(300, d) for d in (96, 512, 1024, 2304, 7168)}
+    rows |= {f"stream norm {d}": lambda d=d: stream_case(300, 576, dtype=d) for d in (torch.float16, torch.float32)}
     return rows | {
+        "stream norm of a view": lambda: stream_case(300, 512, padding=64),
         "norm SiLU": lambda: norm_case(1, 500, 2, 128, activation="silu"),
         "norm one row": lambda: norm_case(1, 1, 1, 128),
         "norm weight in bf16": lambda: norm_case(1, 500, 2, 128, weight=torch.bfloat16),
@@ -267,6 +288,12 @@ def time_decode(count: int, channels: int, copy: float) -> None:
     line(f"conv decode N={count} D{channels}", work, 2 * (x.numel() + pool.numel()) * 2, copy)
 
 
+def time_stream(count: int, width: int, copy: float) -> None:
+    x, weight, stream = (draw(count, width, dtype=d) for d in (torch.bfloat16, torch.float32, torch.float32))
+    work = in_graph(lambda: add_rms_norm_(x, weight[0], eps=EPS, residual=stream))
+    line(f"stream norm N={count} D{width}", work, count * width * (2 + 2 + 4 + 4), copy)
+
+
 def copy_rate() -> float:
     """Bytes a second, read and written, of a copy of 1 GiB."""
     source = torch.empty(2**28, dtype=torch.int32, device="cuda")
@@ -286,6 +313,7 @@ def timings() -> None:
         time_norm(*shape, copy)
     for count in (1, 64, 256, 1024):
         time_decode(count, 12288, copy)
+        time_stream(count, 2304, copy)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The Triton kernels of the short convolution and the gated norm in Triton's interpreter, beside torch's in fp64.
+"""The Triton kernels of the short convolution and the norms in Triton's interpreter, beside torch's in fp64.
 
 test_triton.py runs this file; by hand, with triton 3.7 or newer:
 
@@ -12,6 +12,8 @@ import torch
 from kda_inputs import doubled
 
 from deltarl.kernels import conv as in_torch
+from deltarl.kernels.add_norm import add_rms_norm_ as add_rms_norm_in_torch
+from deltarl.kernels.fused.add_norm import add_rms_norm_
 from deltarl.kernels.fused.conv import causal_conv1d
 from deltarl.kernels.fused.conv_decode import causal_conv1d_decode_
 from deltarl.kernels.fused.gated_norm import gated_rms_norm
@@ -186,3 +188,18 @@ def test_gated_norm_of_bf16_with_extreme_rows():
         torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, exact, dy.double()), strict=True
     ):
         assert close(one, other, BF16_RATIO)
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_norm_of_the_residual_stream(width):
+    wide = torch.randn(5, 2 * width)
+    x, weight, residual = wide[:, width:], torch.randn(width), torch.randn(5, width)
+    exact = residual.double()
+    expected = add_rms_norm_in_torch(x, weight, eps=1e-5, residual=(kept := residual.clone()))
+    got = add_rms_norm_(x, weight, eps=1e-5, residual=residual)
+    assert torch.equal(residual, kept) and not torch.equal(residual.double(), exact)
+    assert close(got, expected.double(), RATIO)
+    assert close(add_rms_norm_(x, weight, eps=1e-5), add_rms_norm_in_torch(x, weight, eps=1e-5).double(), RATIO)
+    short = add_rms_norm_(x.bfloat16(), weight, eps=1e-5, residual=residual)
+    assert short.dtype == torch.bfloat16
+    assert add_rms_norm_(x[:0], weight, eps=1e-5).shape == (0, width)

@@ -1,4 +1,4 @@
-"""The bench of the engine's logprobs beside the learner's: on a real CPU engine in fp32, and its arithmetic."""
+"""The bench of the engine's logprobs beside the learner's: a real CPU engine in fp32 and bf16, and its arithmetic."""
 
 import json
 
@@ -31,6 +31,14 @@ def test_in_fp32_engine_and_learner_agree_at_every_position(folder, capsys) -> N
     assert found["gap"] == found["gap_exact"] <= 1e-4 and found["floor"] == 0 and found["ratio"] is None
     assert max(found["gap_by_position"]) <= 1e-4
     assert found["ess"] == pytest.approx(1, abs=1e-6)
+
+
+def test_in_bf16_the_engine_adds_next_to_nothing_to_what_bf16_costs_the_learner(folder, capsys) -> None:
+    """1.1 is the promise. Norms, convolutions, residual stream or logits rounded to bf16 would each add to it."""
+    options = ["--traces", "3", "--tokens", "512", "--dtype", "bfloat16", "--memory", "0.02", "--json"]
+    assert main(["bench", "mismatch", str(folder), *options]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["floor"] > 0 and found["ratio"] <= 1.1
 
 
 def test_the_distances_are_told_apart() -> None:

@@ -93,8 +93,9 @@ class Collector:
         try:
             while not self.line.ready():
                 self.stop.check()
-                began, drawing = time.perf_counter(), self.worker.unfinished > 0
+                began, busy = time.perf_counter(), self.stream.busy
                 self.line.tick()
+                drawing = self.stream.busy > busy
                 self.seconds["generate" if drawing else "verify"] += time.perf_counter() - began
                 self.say(f"generating {self.line.done()}" if drawing else "verifying")
         except BaseException:

@@ -164,6 +164,7 @@ def test_in_turn_a_batch_is_whole_groups_drawn_by_one_version(make, model, host)
         assert [verdict.score for verdict in again] == [sample.verdict.score for sample in batch.samples]
     assert len(set(order(batches))) == 3 * PROMPTS, "no problem twice within a pass"
     assert collector.worker.unfinished == 0
+    assert collector.seconds["generate"] >= collector.stream.busy > 0, "the reading of prompts is generation"
     assert [drawn(batch) for batch in run_steps(make(), model, 3)] == [drawn(batch) for batch in batches]
     assert drawn(make(seed=4).collect(0)) != drawn(batches[0])
 

@@ -172,7 +172,7 @@ class SteadySteps(KnownRoom):
     ) -> dict[int, EngineCoreOutputs]:
         """As `Scheduler.update_from_output`; of requests whose draws are kept only what ends is among the outputs."""
         sampled = model_runner_output.sampled_token_ids
-        if not sampled or model_runner_output.logprobs is None:
+        if not sampled or model_runner_output.logprobs is None:  # no request has drawn a token to keep
             return super().update_from_output(scheduler_output, model_runner_output)
         logprobs = model_runner_output.logprobs.logprobs[:, 0].tolist()
         rest: dict[str, int] = {}
@@ -186,7 +186,8 @@ class SteadySteps(KnownRoom):
             place = model_runner_output.req_id_to_index[name]
             tokens = sampled[place]
             ends = len(tokens) != 1 or tokens[0] in drawn.ends or len(drawn.ids) + 1 >= drawn.most
-            if ends or request.num_preemptions or request.status != RequestStatus.RUNNING:
+            steady = self._may_be_steady and request.status == RequestStatus.RUNNING and not request.num_preemptions
+            if ends or not steady:
                 rest[name] = count
                 kept.append((drawn, len(drawn.ids), logprobs[place]))
                 continue

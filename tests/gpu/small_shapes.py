@@ -7,7 +7,7 @@ compute-sanitizer --tool racecheck python tests/gpu/small_shapes.py
 import torch
 from kernels_gpu import inputs
 
-from deltarl.kernels import causal_conv1d, gated_rms_norm, gdn_chunk, kda_chunk, kda_decode_
+from deltarl.kernels import add_rms_norm_, causal_conv1d, gated_rms_norm, gdn_chunk, kda_chunk, kda_decode_
 
 SHAPES = (
     # K, V, tokens, heads, options
@@ -35,6 +35,8 @@ def main() -> None:
     torch.autograd.grad(y.float().sum(), [rows, taps])
     rows, gate, weight = leaf(1, 70, 2, 128), leaf(1, 70, 2, 128), leaf(128)
     torch.autograd.grad(gated_rms_norm(rows, gate, weight, eps=1e-5).float().sum(), [rows, gate, weight])
+    with torch.no_grad():
+        add_rms_norm_(rows[0, :, 0], weight, eps=1e-5, residual=torch.randn(70, 128, device="cuda"))
     token = {name: t[0] if t.ndim > 2 else t for name, t in inputs(1, 5, 2).items()}
     slots = torch.tensor([3, 1, 0, -1, 7], device="cuda")
     kda_decode_(**token, state=torch.randn(8, 2, 128, 128, device="cuda"), slots=slots)

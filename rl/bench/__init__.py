@@ -7,7 +7,7 @@ from deltarl.rl.bench import kernels, learner, mismatch, rollout, stock, worker
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `bench` and its benches to the command line; a bench's module is imported when it runs."""
+    """Adds `bench` and its benches to the command line; what a bench measures with is imported when it runs."""
     command = commands.add_parser("bench", help="measure parts of deltarl beside their public peers")
     benches = command.add_subparsers(required=True, metavar="BENCH")
 

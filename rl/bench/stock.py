@@ -9,15 +9,10 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from deltarl.rl.errors import UserError
-from deltarl.rl.jobs import Job, load_job
 
 SIDES = ("trl", "deltarl")
 
@@ -32,7 +27,6 @@ def add_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--trl-engine",
         choices=("vllm", "transformers"),
-        default="vllm" if torch.cuda.is_available() else "transformers",
         help="what TRL generates with (default: vllm on a GPU)",
     )
     bench.add_argument("--limit", type=int, default=300, metavar="S", help="seconds for a side (default: 300)")
@@ -42,6 +36,8 @@ def add_options(bench: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """1 when a side failed or was late. Raises UserError for a job or options that cannot be used."""
+    from deltarl.rl.jobs import load_job
+
     if args.steps < 2:
         raise UserError(f"--steps {args.steps}: give 2 or more, the first is not counted")
     job = load_job(args.job, [*args.set, f"rl.steps={args.steps}", "sft.steps=0", "eval.every=0"])
@@ -54,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if job.rl.prompts_per_step * job.rl.num_generations % args.micro_batch:
         raise UserError(f"--micro-batch {args.micro_batch} does not divide rl.prompts_per_step x rl.num_generations")
     if args.side:
+        from deltarl.rl.bench.stock_steps import our_steps, trl_steps
+
         rows = trl_steps(job, args.micro_batch, args.trl_engine) if args.side == "trl" else our_steps(job)
         print(json.dumps(rows))
         return 0
@@ -65,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
 def in_a_process(side: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a side measured, in a process of its own, or why it did not."""
     command = [sys.executable, "-P", "-m", "deltarl", "bench", "trl", args.job, "--side", side]
-    command += ["--steps", str(args.steps), "--micro-batch", str(args.micro_batch), "--trl-engine", args.trl_engine]
+    command += ["--steps", str(args.steps), "--micro-batch", str(args.micro_batch)]
+    if args.trl_engine:
+        command += ["--trl-engine", args.trl_engine]
     for override in args.set:
         command += ["--set", override]
     try:
@@ -84,105 +84,6 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     tokens = statistics.median(row["tokens"] for row in counted)
     speed = statistics.median(row["tokens"] / row["seconds"] for row in counted)
     return {"seconds": seconds, "tokens": tokens, "tokens_per_second": speed, "steps": list(rows)}
-
-
-def our_steps(job: Job) -> list[dict[str, float]]:
-    """One row a step: the whole step's seconds, the tokens generated, the seconds of its phases."""
-    from deltarl.rl.metrics import read_metrics
-    from deltarl.rl.train import train
-
-    with tempfile.TemporaryDirectory() as runs:
-        settings = job.model_copy(update={"runs_dir": runs})
-        settings.data.heldout_size = 1
-        settings.rl.checkpoint_every = job.rl.steps
-        path = train(settings)
-        steps = [row for row in read_metrics(path / "metrics.jsonl") if row["kind"] == "rl"]
-    return [{"seconds": sum(row["time"].values()), "tokens": row["tokens_generated"], **row["time"]} for row in steps]
-
-
-def trl_steps(job: Job, micro_batch: int, engine: str) -> list[dict[str, float]]:
-    """One row a step of TRL's trainer: its seconds, generation and weight sync included, and the tokens generated."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOTrainer
-
-    from deltarl.rewards.adapters import as_trl_reward
-    from deltarl.rl.curriculum import InTurn
-    from deltarl.rl.parts import load_data, open_host
-    from deltarl.rl.problems import user_messages
-
-    rows: list[dict[str, float]] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            rows.append({"seconds": time.perf_counter() - self.began})
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "completions/mean_length" in logs:
-                rows[-1]["tokens"] = logs["completions/mean_length"] * job.rl.prompts_per_step * job.rl.num_generations
-
-    with tempfile.TemporaryDirectory() as folder, open_host(job) as host:
-        problems = InTurn(load_data(job, host).train, seed=job.seed).next_problems(
-            job.rl.steps * job.rl.prompts_per_step
-        )
-        data = Dataset.from_dict(
-            {
-                "prompt": [user_messages(problem, job.data.instruction) for problem in problems],
-                "gold": [problem.gold for problem in problems],
-            }
-        )
-        trainer = GRPOTrainer(
-            model=job.model.path,
-            reward_funcs=as_trl_reward(host),
-            args=trl_settings(job, folder, micro_batch, engine),
-            train_dataset=data,
-            callbacks=[Clock()],
-        )
-        trainer.train()
-    return rows
-
-
-def trl_settings(job: Job, folder: str, micro_batch: int, engine: str) -> Any:
-    """The job as TRL's GRPOConfig, with TRL's own defaults where the job says nothing."""
-    from trl import GRPOConfig
-
-    rl, on_gpu = job.rl, torch.cuda.is_available()
-    return GRPOConfig(
-        output_dir=folder,
-        seed=job.seed,
-        max_steps=rl.steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=rl.prompts_per_step * rl.num_generations // micro_batch,
-        num_generations=rl.num_generations,
-        max_completion_length=rl.max_completion_length,
-        temperature=rl.temperature,
-        top_p=rl.top_p,
-        learning_rate=rl.learning_rate,
-        lr_scheduler_type=rl.lr_scheduler,
-        warmup_steps=rl.warmup_steps,
-        weight_decay=rl.weight_decay,
-        max_grad_norm=rl.max_grad_norm,
-        beta=rl.beta,
-        loss_type=rl.loss_type,
-        epsilon=rl.epsilon,
-        shuffle_dataset=False,
-        use_vllm=engine == "vllm",
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=job.rollout.gpu_memory_utilization,
-        vllm_max_model_length=job.rollout.max_model_len,
-        bf16=job.model.dtype == "bfloat16" and on_gpu,
-        use_cpu=not on_gpu,
-        gradient_checkpointing=rl.gradient_checkpointing == "all",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
 
 
 def as_text(found: dict[str, dict[str, Any]]) -> str:

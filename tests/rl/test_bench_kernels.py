@@ -1,6 +1,8 @@
 """The kernel benchmark compares like with like, and prints what its readers parse."""
 
 import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -12,6 +14,15 @@ from deltarl.rl.bench.kernels.command import bench, selected
 from deltarl.rl.bench.kernels.cuda import difference
 from deltarl.rl.bench.kernels.rows import Row
 
+WITHOUT = """
+import runpy, sys
+sys.modules |= dict.fromkeys(sys.argv[1].split(","))  # None: as if it were not installed
+sys.argv = sys.argv[1:]
+runpy.run_module("deltarl.rl.bench.kernels", run_name="__main__", alter_sys=True)
+"""
+LEARNER = ["accelerate", "datasets", "peft", "trl", "vllm"]
+BESIDE_TORCH = [*LEARNER, "huggingface_hub", "jinja2", "matplotlib", "pydantic", "safetensors", "tokenizers", "tqdm",
+                "transformers", "yaml"]  # fmt: skip
 SMALL = {"tokens": 70, "heads": 2, "width": 32}
 GIB = 2**30
 
@@ -67,6 +78,21 @@ def test_bad_options_end_in_one_line(arguments, said, capsys):
     assert cli.main(["bench", "kernels", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("modules", "arguments", "code", "said"),
+    [
+        ([*BESIDE_TORCH, "torch", "triton", "numpy", "sympy", "psutil"], ["--help"], 0, "usage: python -m deltarl.rl"),
+        (BESIDE_TORCH, ["--device", "cuda", "--case", "no-such"], 2, "error: --"),
+        (LEARNER, ["--case", "cpu-decode-64-h4-k32"], 0, "cpu-decode-64-h4-k32 "),
+    ],
+)
+def test_it_runs_where_these_modules_are_not_installed(modules, arguments, code, said):
+    command = [sys.executable, "-P", "-c", WITHOUT, ",".join(modules), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert said in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

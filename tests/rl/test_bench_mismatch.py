@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from deltarl.model import build_model, save_checkpoint
-from deltarl.rl.bench.mismatch import compare
+from deltarl.rl.bench.mismatch_logprobs import compare
 from deltarl.rl.cli import main
 
 VOCAB = 320

@@ -8,6 +8,7 @@ import yaml
 from deltarl.model import save_checkpoint
 from deltarl.rl.bench.stock import summary
 from deltarl.rl.cli import main
+from deltarl.rl.jobs import load_job
 from deltarl.rl.tokenizer import build_tokenizer
 
 JOB = {
@@ -42,6 +43,17 @@ def test_both_sides_train_and_are_timed(job, capsys) -> None:
     for side in found.values():
         assert len(side["steps"]) == 2 and all(0 < row["tokens"] <= 2 * 2 * 8 for row in side["steps"])
         assert side["seconds"] == side["steps"][1]["seconds"] > 0
+
+
+def test_trl_generates_with_vllm_where_there_is_a_gpu_or_as_it_is_told(job, tmp_path) -> None:
+    import torch
+
+    from deltarl.rl.bench.stock_steps import trl_settings
+
+    found = [
+        trl_settings(load_job(job), str(tmp_path), 4, engine).use_vllm for engine in (None, "transformers", "vllm")
+    ]
+    assert found == [torch.cuda.is_available(), False, True]
 
 
 def test_the_first_step_is_not_counted() -> None:

@@ -1,13 +1,14 @@
 """`deltarl bench rollout`: decode speed of the engine, arms kda and mla of equal widths, ours beside vLLM's own class.
 
 Every engine (arm and class) runs in a process of its own under a deadline, with random weights, and appends its rows to
-a file as they come. A batch's context is allocated as vLLM's scheduler allocates any prompt, and filled with random
-numbers instead of being read, which at 128k tokens would take minutes (`rollout_context`); batch sizes are limited by
-that memory and by --max-sequences.
+a file as they come; of one that fails or is late a row says why, and its log goes to stderr. A batch's context is
+allocated as vLLM's scheduler allocates any prompt, and filled with random numbers instead of being read, which at 128k
+tokens would take minutes (`rollout_context`); batch sizes are limited by that memory and by --max-sequences.
 """
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,32 +71,36 @@ def add_options(bench: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """1 when an engine failed or was late. Raises UserError for options that cannot be used."""
+    """1 when an engine failed or was late. Raises UserError for options and a file that cannot be used."""
     if len(args.equal) != len(args.contexts):
         raise UserError(f"--equal has {len(args.equal)} numbers for {len(args.contexts)} --contexts: give one for each")
     if min([*args.contexts, *args.equal, args.max_sequences, args.steps, *args.whole]) < 1:
         raise UserError("contexts, batch sizes and steps must be 1 or more")
     with tempfile.TemporaryDirectory() as work:
         out = Path(args.out or Path(work) / "rows.jsonl")
+        try:
+            out.open("a").close()
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}") from error
         before = len(read_rows(out))
-        failures = [
-            failure
-            for arm in args.arms
-            for served in args.classes
-            if (failure := run_engine(args, arm, served, Path(work), out))
-        ]
+        for arm in args.arms:
+            for served in args.classes:
+                run_engine(args, arm, served, Path(work), out)
         rows = read_rows(out)[before:]
+    failures = [f"{row['arm']} by {row['served']}: {row['note']}" for row in rows if row["kind"] == "failed"]
     if args.json:
         print(json.dumps({"rows": rows, "failures": failures}))
     else:
         print_table(rows)
-        print(*failures, sep="\n")
     return 1 if failures else 0
 
 
-def run_engine(args: argparse.Namespace, arm: str, served: str, work: Path, out: Path) -> str | None:
-    """Measure one engine; what went wrong, or None."""
-    folder = write_model(arm, args.model, work / arm)
+def run_engine(args: argparse.Namespace, arm: str, served: str, work: Path, out: Path) -> None:
+    """Measure one engine; if it fails or is late, its last row is of kind `failed` and its log goes to stderr."""
+    from deltarl.rl.bench.rollout_engine import SPARE_STEPS, Row, append_row, one_line
+
+    longest = max(max(args.contexts) + args.steps + SPARE_STEPS, sum(args.whole[1:]))
+    folder = write_model(arm, args.model, work / arm, longest)
     spec = {
         "name": arm,
         "served": served,
@@ -103,6 +108,7 @@ def run_engine(args: argparse.Namespace, arm: str, served: str, work: Path, out:
         "dtype": DTYPES[args.model],
         "out": str(out),
         "contexts": args.contexts,
+        "longest": longest,
         "equal": dict(zip(map(str, args.contexts), args.equal, strict=True)),
         "max_num_seqs": args.max_sequences,
         "steps": args.steps,
@@ -112,34 +118,48 @@ def run_engine(args: argparse.Namespace, arm: str, served: str, work: Path, out:
     }
     path = work / f"{arm}-{served}.json"
     path.write_text(json.dumps(spec))
-    log = path.with_suffix(".log")
-    try:
-        with log.open("w") as output:
-            command = [sys.executable, "-P", "-m", "deltarl.rl.bench.rollout_engine", str(path)]
-            subprocess.run(command, stdout=output, stderr=output, timeout=args.limit, check=True)
-    except subprocess.TimeoutExpired:
-        return f"{arm} by {served}: not done after {args.limit} s"
-    except subprocess.CalledProcessError as error:
-        return f"{arm} by {served}: exit code {error.returncode}\n" + "\n".join(log.read_text().splitlines()[-30:])
-    return None
+    log, before = path.with_suffix(".log"), len(read_rows(out))
+    ended = run_process([sys.executable, "-P", "-m", "deltarl.rl.bench.rollout_engine", str(path)], log, args.limit)
+    if ended is None:
+        return
+    print(f"log of {arm} by {served}:", log.read_text(errors="replace"), sep="\n", file=sys.stderr, flush=True)
+    if not any(row["kind"] == "failed" for row in read_rows(out)[before:]):
+        append_row(out, Row(arm, served, "failed", note=one_line(ended)))
 
 
-def write_model(arm: str, size: str, folder: Path) -> Path:
-    """A model folder whose weights the engine makes up itself. Both arms have the same widths, FFN included."""
+def run_process(command: list[str], log: Path, limit: int) -> str | None:
+    """Run a command for `limit` seconds at most, what it prints going to `log`; how it ended if not well."""
+    with log.open("w") as output:
+        try:
+            code = subprocess.run(command, stdout=output, stderr=output, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            return f"not done after {limit} s: give it more with --limit"
+    if code == 0:
+        return None
+    last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+    return f"{signal.Signals(-code).name if code < 0 else f'exit code {code}'} after: {last or 'no word'}"
+
+
+def write_model(arm: str, size: str, folder: Path, longest: int) -> Path:
+    """A model folder for sequences of `longest` tokens or more, whose weights the engine makes up itself.
+
+    Both arms have the same widths, FFN included.
+    """
     import torch
     from safetensors.torch import save_file
 
     from deltarl.model import hybrid_config
 
     folder.mkdir(exist_ok=True)
-    config = hybrid_config(arm, "2m", **MODELS[size]).to_moonshot() | {"dtype": DTYPES[size]}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = hybrid_config(arm, "2m", **MODELS[size])
+    config.max_position_embeddings = max(config.max_position_embeddings, longest)
+    (folder / "config.json").write_text(json.dumps(config.to_moonshot() | {"dtype": DTYPES[size]}))
     save_file({"none": torch.zeros(1)}, folder / "model.safetensors")
     return folder
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -150,6 +170,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["kind"] == "start":
             numbers = f"{'':74s}  first token after {row['seconds']:.1f} s, {row['note']}"
+        elif row["kind"] == "failed":
+            numbers = f"failed: {row['note']}"
         else:
             numbers = (
                 f"{row['context']:8d} {row['batch']:6d} {row['tokens_per_second']:10.0f} {row['ms_per_token']:9.2f} "

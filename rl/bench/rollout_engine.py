@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,12 +17,14 @@ from typing import Any
 WARM_STEPS = 8
 PROFILED_STEPS = 8
 SPARE_STEPS = 4 * WARM_STEPS + 3 * PROFILED_STEPS
+CAUSE_CHARS = 300
 
 
 @dataclass
 class Spec:
     """What to measure. name: the arm's; served: `deltarl` or `vllm`, whose class. equal: batch size by context.
 
+    longest: tokens of the longest sequence, prompt and new ones.
     began: time.time() at which the process was asked for. share: of the GPU's memory (of the free RAM on a CPU).
     whole: sequences, prompt tokens and new tokens of a batch that reads its prompts for real; empty for none.
     """
@@ -32,6 +35,7 @@ class Spec:
     dtype: str
     out: str
     contexts: list[int]
+    longest: int
     equal: dict[str, int]
     max_num_seqs: int
     steps: int
@@ -42,7 +46,8 @@ class Spec:
 
 @dataclass
 class Row:
-    """One measurement. kind: `start` (seconds until the first token), `decode`, or `whole` (prompts read for real).
+    """One measurement. kind: `start` (seconds until the first token), `decode`, `whole` (prompts read for real), or
+    `failed` (note: why no more rows of this engine come).
 
     gpu_ms: the time of a decode step's kernels, in milliseconds; what ms_per_token has over it is waiting for the host.
     host_us: microseconds of processor time for a sequence and decode step, in the thread that steps the engine, outside
@@ -69,13 +74,10 @@ class Engine:
         from deltarl.rollout import engine
 
         self.spec = spec
-        longest = max(spec.contexts) + spec.steps + SPARE_STEPS
-        if spec.whole:
-            longest = max(longest, spec.whole[1] + spec.whole[2])
         self.llm = engine.start(
             spec.folder,
             dtype=spec.dtype,
-            max_model_len=longest,
+            max_model_len=spec.longest,
             max_num_seqs=spec.max_num_seqs,
             gpu_memory_utilization=spec.share,
             seed=0,
@@ -301,12 +303,26 @@ def measure(spec: Spec) -> Iterator[Row]:
     engine.llm.llm_engine.engine_core.shutdown()
 
 
+def append_row(path: str | Path, row: Row) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(asdict(row)) + "\n")
+
+
+def one_line(text: str) -> str:
+    """The text on one line of at most 300 characters; what is over is cut off."""
+    return textwrap.shorten(text, CAUSE_CHARS, placeholder=" ...")
+
+
 def main() -> None:
+    """Raises what stopped the measurement, after a row of kind `failed`."""
     spec = Spec(**json.loads(Path(sys.argv[1]).read_text()))
     os.environ["DELTARL_VLLM_MODEL"] = spec.served
-    for row in measure(spec):
-        with open(spec.out, "a") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+    try:
+        for row in measure(spec):
+            append_row(spec.out, row)
+    except Exception as error:
+        append_row(spec.out, Row(spec.name, spec.served, "failed", note=one_line(f"{type(error).__name__}: {error}")))
+        raise
 
 
 if __name__ == "__main__":

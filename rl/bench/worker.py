@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     from deltarl.rollout import Sampling
     from deltarl.rollout.worker import VllmWorker
 
-    folder = write_model(args.arm, args.model, work / "model")
+    folder = write_model(args.arm, args.model, work / "model", args.prompt + args.tokens)
     worker = VllmWorker(
         folder,
         dtype=DTYPES[args.model],

@@ -242,7 +242,7 @@ class RolloutWorker(abc.ABC):
 
     @abc.abstractmethod
     def step(self) -> list[tuple[str, Trace]]:
-        """Advance the running requests by a token or so each; (name, trace) of those that ended, maybe none."""
+        """Advance the running requests by a few tokens each; (name, trace) of those that ended, maybe none."""
 
     def nudge(self) -> None:  # noqa: B027 - most never wait
         """Have a `step` that waits in another thread return; called from any thread."""

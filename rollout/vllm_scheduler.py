@@ -1,9 +1,9 @@
 """vLLM's scheduler with a short way for what most steps of a rollout are: one more token for each running request.
 
 At hundreds of sequences of a model whose step takes the GPU a few milliseconds, vLLM's Python for each of them is what
-a step waits for. Three of its parts are done here once a sequence instead of once a token: room in the cache is asked
-for when a block is full, the next step is written down without going through vLLM's cases for requests that begin,
-and what was drawn stays here until its request ends. Whatever is not such a step goes vLLM's way, request by request.
+a step waits for. Room in the cache is asked for when a block is full instead of for every token, the next step is
+written down without going through vLLM's cases for requests that begin, what was drawn stays here until its request
+ends, and several such steps are scheduled at a time. Whatever is not such a step goes vLLM's way, request by request.
 """
 
 from collections.abc import Iterable
@@ -19,6 +19,12 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Mamb
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
+
+from deltarl.rollout.vllm_bursts import Burst
+
+LONGEST_BURST = 8
+TOKENS_A_STEP = 32
+"""So many tokens must the running requests have drawn, in the mean, for each step of a burst."""
 
 
 @dataclass
@@ -86,8 +92,10 @@ def keeps_blocks(manager: Any) -> bool:
 class SteadySteps(KnownRoom):
     """A scheduler's `schedule` and `update_from_output`, short for requests whose draws are kept (`keep_drawn`)."""
 
-    launched = 0
-    """Tokens of a request that the engine may have begun to draw when it hands out the one before."""
+    launches_ahead = False
+    """Whether the engine begins to draw a request's next tokens before it hands out those before."""
+    longest_burst = 1
+    """Steps that the model runner can take at a time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -101,8 +109,9 @@ class SteadySteps(KnownRoom):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """As `Scheduler.schedule`."""
         drawing = self._drawing() if self._may_be_steady else []
-        if drawing and (blocks := self._new_blocks(drawing)) is not None:
-            return self._one_more_token(drawing, blocks)
+        for steps in sorted({self._steps(drawing), 1}, reverse=True) if drawing else ():
+            if (blocks := self._new_blocks(drawing, steps)) is not None:
+                return self._more_tokens(drawing, blocks, steps)
         return super().schedule(*args, **kwargs)
 
     def _drawing(self) -> list[Request]:
@@ -124,19 +133,38 @@ class SteadySteps(KnownRoom):
                 drawing.append(request)
         return drawing
 
-    def _new_blocks(self, drawing: Iterable[Request]) -> dict[str, KVCacheBlocks] | None:
-        """Blocks for those whose blocks are full; None when they might not be had, and nothing was allocated."""
-        full = [request for request in drawing if request.num_computed_tokens >= request.room]
+    def _steps(self, drawing: list[Request]) -> int:
+        """Steps to take at a time, so that none goes beyond its length.
+
+        What a request draws after its end is thrown away: up to twice as many tokens as a burst has steps, where the
+        next one begins before the end is seen. So requests that may end at any token are drawn in short bursts until
+        they have become long.
+        """
+        if self.longest_burst == 1:
+            return 1
+        counts = [len(request.drawn.ids) + request.num_output_placeholders for request in drawing]
+        left = min(request.drawn.most - count for request, count in zip(drawing, counts, strict=True))
+        age = sum(counts) // (TOKENS_A_STEP * len(counts))
+        may_end = any(request.drawn.ends for request in drawing)
+        return max(1, min(self.longest_burst, left, age if may_end else left))
+
+    def _new_blocks(self, drawing: Iterable[Request], steps: int) -> dict[str, KVCacheBlocks] | None:
+        """Blocks for those without room for so many tokens; None when they might not be had, and nothing was allocated.
+
+        A burst is no longer than a block, so that each of them needs one more of each kind at most.
+        """
+        full = [request for request in drawing if request.num_computed_tokens + steps > request.room]
         if len(full) * len(self._managers) > self.kv_cache_manager.block_pool.get_num_free_blocks():
             return None
         self.kv_cache_manager.new_step_starts()
-        return {request.request_id: self.allocate_slots(request, 1) for request in full}
+        return {request.request_id: self.allocate_slots(request, steps) for request in full}
 
-    def _one_more_token(self, drawing: list[Request], blocks: dict[str, KVCacheBlocks]) -> SchedulerOutput:
+    def _more_tokens(self, drawing: list[Request], blocks: dict[str, KVCacheBlocks], steps: int) -> Burst:
         self.current_step += 1
-        step = SchedulerOutput.make_empty()
-        step.num_scheduled_tokens = {request.request_id: 1 for request in drawing}
-        step.total_num_scheduled_tokens = len(drawing)
+        step = Burst.make_empty()
+        step.length = steps
+        step.num_scheduled_tokens = {request.request_id: steps for request in drawing}
+        step.total_num_scheduled_tokens = steps * len(drawing)
         step.scheduled_cached_reqs = self._as_cached(drawing, step.num_scheduled_tokens, blocks)
         step.finished_req_ids = self.finished_req_ids
         step.preempted_req_ids = self.reset_preempted_req_ids
@@ -145,6 +173,9 @@ class SteadySteps(KnownRoom):
         if self.connector is not None:
             step.kv_connector_metadata = self._build_kv_connector_meta(self.connector, step)
         self._update_after_schedule(step)
+        if self.launches_ahead and steps > 1:  # vLLM has counted one token
+            for request in drawing:
+                request.num_output_placeholders += steps - 1
         return step
 
     def _as_cached(
@@ -174,9 +205,10 @@ class SteadySteps(KnownRoom):
         sampled = model_runner_output.sampled_token_ids
         if not sampled or model_runner_output.logprobs is None:  # no request has drawn a token to keep
             return super().update_from_output(scheduler_output, model_runner_output)
-        logprobs = model_runner_output.logprobs.logprobs[:, 0].tolist()
+        steps = scheduler_output.length if isinstance(scheduler_output, Burst) else 1
+        logprobs = model_runner_output.logprobs.logprobs[:, 0].reshape(-1, steps).tolist()
         rest: dict[str, int] = {}
-        kept: list[tuple[Drawn, int, float]] = []
+        kept: list[tuple[Drawn, int, list[float]]] = []
         for name, count in scheduler_output.num_scheduled_tokens.items():
             request = self.requests.get(name)
             drawn = getattr(request, "drawn", None)
@@ -185,19 +217,19 @@ class SteadySteps(KnownRoom):
                 continue
             place = model_runner_output.req_id_to_index[name]
             tokens = sampled[place]
-            ends = len(tokens) != 1 or tokens[0] in drawn.ends or len(drawn.ids) + 1 >= drawn.most
+            ends = len(tokens) != steps or not drawn.ends.isdisjoint(tokens) or len(drawn.ids) + steps >= drawn.most
             steady = self._may_be_steady and request.status == RequestStatus.RUNNING and not request.num_preemptions
             if ends or not steady:
                 rest[name] = count
                 kept.append((drawn, len(drawn.ids), logprobs[place]))
                 continue
             request.num_in_flight_tokens -= count
-            request.num_output_placeholders -= self.launched
-            request.append_output_token_ids(tokens[0])
-            drawn.logprobs.append(logprobs[place])
+            request.num_output_placeholders -= steps if self.launches_ahead else 0
+            request.append_output_token_ids(tokens)
+            drawn.logprobs += logprobs[place]
         outputs = super().update_from_output(replace(scheduler_output, num_scheduled_tokens=rest), model_runner_output)
-        for drawn, before, logprob in kept:
-            drawn.logprobs += [logprob] * (len(drawn.ids) - before)
+        for drawn, before, found in kept:
+            drawn.logprobs += found[: len(drawn.ids) - before]
         return outputs
 
 
@@ -208,4 +240,4 @@ class RolloutScheduler(SteadySteps, Scheduler):
 class AsyncRolloutScheduler(SteadySteps, AsyncScheduler):
     """For engines that schedule a step while the GPU computes the one before."""
 
-    launched = 1
+    launches_ahead = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
@@ -29,13 +28,16 @@ if TYPE_CHECKING:
 class Run:
     """A request in the engine, which calls it `name`, and what it has drawn so far.
 
-    versions: (from which token on, weight version), ascending.
+    versions: (from which token on, weight version), ascending. checked: tokens, also of earlier parts, up to which it
+    was looked at for repetition. cut: those of this part that its trace is to have, None for all.
     """
 
     request: Request
     name: str
     drawn: Drawn
     versions: list[tuple[int, int]]
+    checked: int = 0
+    cut: int | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -44,7 +46,7 @@ class Run:
 
     def trace(self, finish_reason: str, routing: torch.Tensor | None = None) -> Trace:
         """The trace of the tokens drawn so far."""
-        ids, logprobs = list(self.drawn.ids), list(self.drawn.logprobs)
+        ids, logprobs = self.drawn.ids[: self.cut], self.drawn.logprobs[: self.cut]
         ends = [begin for begin, _ in self.versions[1:]] + [len(ids)]
         versions: list[int] = []
         for end, (_, version) in zip(ends, self.versions, strict=True):
@@ -71,7 +73,6 @@ class VllmWorker(RolloutWorker):
         if record_routing:
             check_routed(model_path)
             options["additional_config"] = {"record_routing": True}
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the recorder reads the batches of the first
         self.max_model_len = max_model_len
         self.end_tokens = engine.end_tokens(model_path)
         self.broken: str | None = None
@@ -131,20 +132,29 @@ class VllmWorker(RolloutWorker):
             raise WeightSyncError(self.broken)
         ended = []
         for output in self.llm.llm_engine.step() if self._running else ():
-            run = self._running.pop(output.request_id)
-            ended.append((output.request_id, run.trace(output.outputs[0].finish_reason, self._routing(run))))
+            run, reason = self._running.pop(output.request_id), output.outputs[0].finish_reason
+            if self._goes_round(run):
+                reason = "repetition"
+            ended.append((output.request_id, run.trace(reason, self._routing(run))))
         stuck = [name for name, run in self._running.items() if self._goes_round(run)]
         if stuck:
             ended += [(name, replace(trace, finish_reason="repetition")) for name, trace in self.suspend(stuck)]
         return ended
 
     def _goes_round(self, run: Run) -> bool:
+        """Whether a request goes round in circles; its trace is then cut where that was so first, as the engine may
+        have gone on for some steps."""
         tail, begun = run.request.sampling.stop_repetition, run.request.begun
         if not tail:
             return False
-        if not run.ids or (len(run.ids) + run.request.drawn) % CHECKED_EVERY:
+        upto = (len(run.ids) + run.request.drawn) // CHECKED_EVERY * CHECKED_EVERY
+        if upto <= max(run.checked, run.request.drawn):
             return False
-        return goes_round([*(begun.completion_ids if begun else ()), *run.ids], tail)
+        run.checked, cut = upto, upto - run.request.drawn
+        if not goes_round([*(begun.completion_ids if begun else ()), *run.ids[:cut]], tail):
+            return False
+        run.cut = cut
+        return True
 
     def suspend(self, ids: Iterable[str] | None = None) -> list[tuple[str, Trace]]:
         wanted = self._running.keys() if ids is None else set(ids)

@@ -4,7 +4,8 @@
 
 The engine draws from another policy than the learner holds, and records that policy's logprobs; without correction the
 learner takes what was drawn for its own. --noise: after every weight sync each tensor in the engine is
-W + noise x rms(W) x N(0, 1), drawn anew from (seed, version). --heat: the engine draws at heat x rl.temperature.
+W + noise x rms(W) x N(0, 1), drawn anew from (seed, version), or with --fixed once for all syncs, as an engine with a
+bad kernel or bad quantisation would be off. --heat: the engine draws at heat x rl.temperature.
 --lag: the engine gets the learner's weights after every lag-th step only, and draws with the old ones in between.
 Accuracies are shares of right training samples, drawn from that engine; the last column is the learner's own held-out
 accuracy, from an engine as it should be.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,11 +31,21 @@ from deltarl.rollout import Request, Sampling
 LAST = 5
 
 
+@dataclass(frozen=True)
+class Off:
+    """How an engine is off: see the options of the same names."""
+
+    noise: float
+    fixed: bool
+    heat: float
+    lag: int
+
+
 class PerturbedEngine:
     """A rollout worker with noisy or old weights that draws hotter than it is asked to; the rest is its own."""
 
-    def __init__(self, worker: Any, noise: float, heat: float, lag: int, seed: int) -> None:
-        self.worker, self.noise, self.heat, self.lag, self.seed = worker, noise, heat, lag, seed
+    def __init__(self, worker: Any, off: Off, seed: int) -> None:
+        self.worker, self.off, self.seed = worker, off, seed
         self.held: list[tuple[str, torch.Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -45,26 +56,26 @@ class PerturbedEngine:
         self.worker.add([replace(request, sampling=self._hotter(request.sampling)) for request in requests])
 
     def _hotter(self, sampling: Sampling) -> Sampling:
-        return replace(sampling, temperature=self.heat * sampling.temperature)
+        return replace(sampling, temperature=self.off.heat * sampling.temperature)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Any:
         """The worker's sync, of the weights that it is to have at this version, with noise on each tensor."""
-        if not self.held or version % self.lag == 0:
+        if not self.held or version % self.off.lag == 0:
             self.held = [(name, tensor.clone()) for name, tensor in named_tensors]
         return self.worker.sync_weights(self._noisy(version), version)
 
     def _noisy(self, version: int) -> Iterator[tuple[str, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + version)
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + (0 if self.off.fixed else version))
         for name, tensor in self.held:
             drawn = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-            scale = self.noise * tensor.float().square().mean().sqrt()
+            scale = self.off.noise * tensor.float().square().mean().sqrt()
             yield name, (tensor + scale * drawn).to(tensor.dtype)
 
 
-def run(job: Job, noise: float, heat: float, lag: int) -> tuple[list[dict[str, Any]], float]:
+def run(job: Job, off: Off) -> tuple[list[dict[str, Any]], float]:
     """The rows of a run's steps, and the learner's held-out accuracy after it."""
     opened = runs.open_engine
-    runs.open_engine = lambda job, path: PerturbedEngine(open_engine(job, path), noise, heat, lag, job.seed)
+    runs.open_engine = lambda job, path: PerturbedEngine(open_engine(job, path), off, job.seed)
     try:
         folder = runs.train(job)
     finally:
@@ -78,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job")
     parser.add_argument("--noise", type=float, default=0.0)
+    parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--heat", type=float, default=1.0)
     parser.add_argument("--lag", type=int, default=1)
     parser.add_argument("--modes", nargs="+", default=["none", "token_truncate"])
@@ -85,12 +97,13 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     quiet_libraries()
+    off = Off(args.noise, args.fixed, args.heat, args.lag)
     heads = ("correction", "seed", "is_ess", "first step", "best step", "last 5 steps", "entropy", "held-out, clean")
     table = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for mode in args.modes:
         for seed in args.seeds:
             chosen = [f"rl.importance_sampling={mode}", f"seed={seed}", f"name=perturbed-{mode}-{seed}"]
-            rows, heldout = run(load_job(args.job, [*args.overrides, *chosen]), args.noise, args.heat, args.lag)
+            rows, heldout = run(load_job(args.job, [*args.overrides, *chosen]), off)
             accuracy = [row["accuracy"] or 0.0 for row in rows]
             ess = sum(row["is_ess"] for row in rows) / len(rows)
             table.append(

@@ -16,7 +16,8 @@ from typing import Any
 
 WARM_STEPS = 8
 PROFILED_STEPS = 8
-SPARE_STEPS = 4 * WARM_STEPS + 3 * PROFILED_STEPS
+SPARE_STEPS = 2 * WARM_STEPS + 2 * PROFILED_STEPS + 5 * 16
+"""More than a sequence is drawn for; each of five phases goes on for up to two bursts of eight steps too long."""
 CAUSE_CHARS = 300
 
 
@@ -165,7 +166,7 @@ class Engine:
         before, began = self.drawn(), time.perf_counter()
         self.step_until(before + self.spec.steps * batch)
         seconds, tokens = time.perf_counter() - began, self.drawn() - before
-        gpu_ms = self.kernel_milliseconds()
+        gpu_ms = self.kernel_milliseconds(batch)
         host_us, runner_us = self.host_microseconds(batch)
         evicted = len(self.scheduler.waiting)
         self.core.abort_request(names)
@@ -183,18 +184,18 @@ class Engine:
             "runner_us": runner_us,
         }
 
-    def kernel_milliseconds(self) -> float:
+    def kernel_milliseconds(self, batch: int) -> float:
         """Milliseconds that the kernels of a step take, from a profile of a few steps more; 0 without a GPU."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
         if not torch.cuda.is_available():
             return 0.0
+        before = self.drawn()
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            for _ in range(PROFILED_STEPS):
-                self.core.step()
-            synchronize()
-        return sum(event.self_device_time_total for event in profiled.key_averages()) / PROFILED_STEPS / 1e3
+            self.step_until(before + PROFILED_STEPS * batch)
+        kernels = sum(event.self_device_time_total for event in profiled.key_averages())
+        return kernels / (self.drawn() - before) * batch / 1e3
 
     def host_microseconds(self, batch: int) -> tuple[float, float]:
         """Processor time of this thread per sequence and step outside and inside of the model runner, of a few steps
@@ -213,12 +214,13 @@ class Engine:
             return call
 
         executor.execute_model, executor.sample_tokens = timed(executor.execute_model), timed(executor.sample_tokens)
-        began = time.thread_time()
-        for _ in range(PROFILED_STEPS):
+        before, whole = self.drawn(), 0.0
+        while self.drawn() < before + PROFILED_STEPS * batch:
+            began = time.thread_time()
             self.core.step()
-        whole = time.thread_time() - began
+            whole += time.thread_time() - began
         del executor.execute_model, executor.sample_tokens
-        per_token = 1e6 / PROFILED_STEPS / batch
+        per_token = 1e6 / (self.drawn() - before)
         return (whole - inside) * per_token, inside * per_token
 
     def whole(self, batch: int, prompt: int, tokens: int) -> float:

@@ -39,6 +39,11 @@ def finished(worker) -> dict:
     return traces
 
 
+def draw_at_least(worker, tokens: int) -> None:
+    while worker.running_tokens < tokens:
+        worker.step()
+
+
 def requests(prompts, sampling) -> list[Request]:
     return [Request(f"r{index}", prompt, sampling, seed=index) for index, prompt in enumerate(prompts)]
 
@@ -71,8 +76,7 @@ def test_completions_come_out_as_they_end_and_are_generates(worker, prompts) -> 
 def test_a_suspended_greedy_completion_goes_on_to_the_same_end(worker, prompts) -> None:
     expected = worker.generate(prompts[:4], GREEDY, seeds=[0] * 4)
     worker.add(requests(prompts[:4], GREEDY))
-    for _ in range(9):
-        worker.step()
+    draw_at_least(worker, 20)
     tokens = worker.running_tokens
     taken = dict(worker.suspend(["r1", "r3", "unknown"]))
     assert list(worker.running) == ["r0", "r2"]
@@ -122,8 +126,7 @@ def test_weights_replaced_in_flight_are_told_apart_by_version(worker, model, mak
     worker.sync_weights(checkpoint_tensors(model), 10)
     old = worker.generate(prompts, GREEDY, seeds=[0] * len(prompts))
     worker.add(requests(prompts, GREEDY))
-    for _ in range(12):
-        worker.step()
+    draw_at_least(worker, 30)
     worker.sync_weights(checkpoint_tensors(new), 11)
     traces = finished(worker)
     both = [set(trace.versions) for trace in traces.values()]

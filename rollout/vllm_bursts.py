@@ -1,0 +1,100 @@
+"""Several decode steps of vLLM's model runner for one of its scheduler.
+
+What vLLM does for each request around a step (scheduling it, handing out what was drawn) is then done once for several
+tokens. The runner goes through the steps one by one, each as vLLM would have asked for it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
+
+
+@dataclass
+class Burst(SchedulerOutput):
+    """`length` steps in which the same requests draw one more token each, and nothing else happens.
+
+    num_scheduled_tokens are those of all steps together; new blocks, finished requests and the like come with the
+    first.
+    """
+
+    length: int = 1
+
+    def step(self, place: int) -> SchedulerOutput:
+        """The step at this place, from 0, for the runner."""
+        names, cached = self.num_scheduled_tokens, self.scheduled_cached_reqs
+        one = replace(
+            self, length=1, num_scheduled_tokens=dict.fromkeys(names, 1), total_num_scheduled_tokens=len(names)
+        )
+        if not place:
+            return one
+        later = replace(
+            cached,
+            all_token_ids={},
+            new_block_ids=[None] * len(names),
+            num_computed_tokens=[count + place for count in cached.num_computed_tokens],
+            num_output_tokens=[count + place for count in cached.num_output_tokens],
+        )
+        return replace(
+            one,
+            scheduled_cached_reqs=later,
+            finished_req_ids=set(),
+            preempted_req_ids=set(),
+            new_block_ids_to_zero=None,
+        )
+
+
+class BurstOutput(AsyncModelRunnerOutput):
+    """What the steps of a burst give, once it is asked for."""
+
+    def __init__(self, outputs: list[AsyncModelRunnerOutput]) -> None:
+        self.outputs = outputs
+
+    def get_output(self) -> ModelRunnerOutput:
+        return together([output.get_output() for output in self.outputs])
+
+
+def together(outputs: list[ModelRunnerOutput]) -> ModelRunnerOutput:
+    """The outputs of successive steps of the same requests as one, with a token of each step for each request."""
+    first = outputs[0]
+    if any(output.req_ids != first.req_ids for output in outputs):
+        raise RuntimeError("vLLM's model runner put the requests of a burst into another order")
+    steps, logprobs = len(outputs), [output.logprobs for output in outputs]
+    parts = zip(*((x.logprob_token_ids, x.logprobs, x.sampled_token_ranks) for x in logprobs), strict=True)
+    begins = list(range(0, steps * (len(first.req_ids) + 1), steps))
+    return replace(
+        first,
+        sampled_token_ids=[
+            [token for (token,) in drawn] for drawn in zip(*(x.sampled_token_ids for x in outputs), strict=True)
+        ],
+        logprobs=LogprobsLists(*(np.stack(part, 1).reshape(-1, *part[0].shape[1:]) for part in parts), begins),
+    )
+
+
+class BurstRunner:
+    """Lets vLLM's model runner take a `Burst`: takes the place of its `execute_model` and `sample_tokens`."""
+
+    def __init__(self, runner: Any) -> None:
+        self.execute, self.sample = runner.execute_model, runner.sample_tokens
+        self.burst: Burst | None = None
+        runner.execute_model, runner.sample_tokens = self.execute_model, self.sample_tokens
+
+    def execute_model(self, scheduled: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        self.burst = scheduled if isinstance(scheduled, Burst) and scheduled.length > 1 else None
+        return self.execute(scheduled if self.burst is None else self.burst.step(0), *args, **kwargs)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        if self.burst is None:
+            return self.sample(grammar_output)
+        outputs = [self.sample(grammar_output)]
+        for place in range(1, self.burst.length):
+            self.execute(self.burst.step(place))
+            outputs.append(self.sample(None))
+        return together(outputs) if isinstance(outputs[0], ModelRunnerOutput) else BurstOutput(outputs)
+
+
+def take_bursts(worker: Any) -> None:
+    """Called in each of an engine's ranks with vLLM's worker."""
+    BurstRunner(worker.model_runner)

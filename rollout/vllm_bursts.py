@@ -4,12 +4,16 @@ What vLLM does for each request around a step (scheduling it, handing out what w
 tokens. The runner goes through the steps one by one, each as vLLM would have asked for it.
 """
 
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
+
+IN_FLIGHT = 2
 
 
 @dataclass
@@ -74,25 +78,40 @@ def together(outputs: list[ModelRunnerOutput]) -> ModelRunnerOutput:
 
 
 class BurstRunner:
-    """Lets vLLM's model runner take a `Burst`: takes the place of its `execute_model` and `sample_tokens`."""
+    """Lets vLLM's model runner take a `Burst`: takes the place of its `execute_model` and `sample_tokens`.
+
+    Never are more than `IN_FLIGHT` steps begun on the GPU: that many has vLLM buffers for, which the GPU reads from the
+    host's memory.
+    """
 
     def __init__(self, runner: Any) -> None:
         self.execute, self.sample = runner.execute_model, runner.sample_tokens
         self.burst: Burst | None = None
+        self.begun: deque[torch.cuda.Event] = deque()
         runner.execute_model, runner.sample_tokens = self.execute_model, self.sample_tokens
 
     def execute_model(self, scheduled: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         self.burst = scheduled if isinstance(scheduled, Burst) and scheduled.length > 1 else None
+        if len(self.begun) == IN_FLIGHT:
+            self.begun.popleft().synchronize()
         return self.execute(scheduled if self.burst is None else self.burst.step(0), *args, **kwargs)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.burst is None:
-            return self.sample(grammar_output)
-        outputs = [self.sample(grammar_output)]
-        for place in range(1, self.burst.length):
-            self.execute(self.burst.step(place))
-            outputs.append(self.sample(None))
+            return self._sample(grammar_output)
+        burst, outputs = self.burst, [self._sample(grammar_output)]
+        for place in range(1, burst.length):
+            self.execute_model(burst.step(place))
+            outputs.append(self._sample(None))
         return together(outputs) if isinstance(outputs[0], ModelRunnerOutput) else BurstOutput(outputs)
+
+    def _sample(self, grammar_output: Any) -> Any:
+        output = self.sample(grammar_output)
+        if torch.cuda.is_available():
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            self.begun.append(event)
+        return output
 
 
 def take_bursts(worker: Any) -> None:

@@ -23,7 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 from deltarl.rollout.vllm_bursts import Burst
 
 LONGEST_BURST = 8
-TOKENS_A_STEP = 32
+TOKENS_A_STEP = 16
 """So many tokens must the running requests have drawn, in the mean, for each step of a burst."""
 
 

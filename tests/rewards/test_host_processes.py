@@ -21,14 +21,21 @@ RIGHT = ("a", "a", {})
 
 def running(processes):
     """Those that run: a zombie that waits for its parent does not."""
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in processes if runs(p)]
+
+
+def runs(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # ended between the two questions
+        return False
 
 
 def wait_until(condition, seconds=20.0):
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while not (held := condition()) and time.monotonic() < end:
         time.sleep(0.02)
-    return condition()
+    return held
 
 
 def run(folder, program, *, through_stdin=False):
@@ -237,8 +244,14 @@ def test_a_host_is_not_sent_to_another_process():
 
 def test_a_worker_holds_its_own_channel_only():
     with VerifierHost(FAULT, workers=3) as pool:
-        os.kill(pool.worker_pids()[0], signal.SIGKILL)
-        assert wait_until(lambda: (pool.verify([RIGHT] * 9), len(set(pool.worker_pids())))[1] == 3)
+        killed = pool.worker_pids()[0]
+        os.kill(killed, signal.SIGKILL)
+
+        def replaced() -> bool:
+            pool.verify([RIGHT] * 9)
+            return len({*pool.worker_pids()} - {killed}) == 3
+
+        assert wait_until(replaced)
         held = [v.info["sockets"] for v in pool.verify([("sockets", "", {})] * 60)]
     assert all(len(sockets) == 1 for sockets in held)
     assert len({sockets[0] for sockets in held}) > 1

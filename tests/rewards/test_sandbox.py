@@ -51,9 +51,9 @@ def sandbox():
 
 def wait_until(condition, seconds=20.0):
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while not (held := condition()) and time.monotonic() < end:
         time.sleep(0.02)
-    return condition()
+    return held
 
 
 def detached(marker, seconds):

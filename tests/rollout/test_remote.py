@@ -285,7 +285,7 @@ def test_a_learner_killed_leaves_no_engine_and_no_shared_memory(folder) -> None:
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

@@ -50,11 +50,8 @@ class Packing:
         return o[..., : v.shape[-1]]
 
     def _attend_jagged(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-        bounds = {"min_seqlen": min(self.lengths), "max_seqlen": max(self.lengths)}
-        rows = (
-            torch.nested.nested_tensor_from_jagged(x.contiguous(), self.bounds.long(), **bounds).transpose(1, 2)
-            for x in (q, k, v)
-        )
+        how = {"offsets": self.bounds.long(), "min_seqlen": min(self.lengths), "max_seqlen": max(self.lengths)}
+        rows = (torch.nested.nested_tensor_from_jagged(x.contiguous(), **how).transpose(1, 2) for x in (q, k, v))
         o = F.scaled_dot_product_attention(*rows, scale=scale, dropout_p=dropout, is_causal=True)
         return o.transpose(1, 2).values()
 

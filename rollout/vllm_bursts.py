@@ -87,6 +87,7 @@ class BurstRunner:
     def __init__(self, runner: Any) -> None:
         self.execute, self.sample = runner.execute_model, runner.sample_tokens
         self.burst: Burst | None = None
+        self.on_gpu = torch.cuda.is_available()
         self.begun: deque[torch.cuda.Event] = deque()
         runner.execute_model, runner.sample_tokens = self.execute_model, self.sample_tokens
 
@@ -107,7 +108,7 @@ class BurstRunner:
 
     def _sample(self, grammar_output: Any) -> Any:
         output = self.sample(grammar_output)
-        if torch.cuda.is_available():
+        if self.on_gpu:
             event = torch.cuda.Event(blocking=True)
             event.record()
             self.begun.append(event)

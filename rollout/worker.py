@@ -133,7 +133,7 @@ class VllmWorker(RolloutWorker):
         ended = []
         for output in self.llm.llm_engine.step() if self._running else ():
             run, reason = self._running.pop(output.request_id), output.outputs[0].finish_reason
-            if self._goes_round(run):
+            if self._goes_round(run) and run.cut < len(run.ids):
                 reason = "repetition"
             ended.append((output.request_id, run.trace(reason, self._routing(run))))
         stuck = [name for name, run in self._running.items() if self._goes_round(run)]

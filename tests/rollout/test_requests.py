@@ -202,6 +202,8 @@ def test_a_completion_that_goes_round_is_ended(worker, model, make_hybrid, promp
     for free, trace in zip(whole, ended, strict=True):
         assert free.finish_reason == "length"
         assert trace.completion_ids == free.completion_ids[: len(trace.completion_ids)]
+    full = Sampling(temperature=0, max_tokens=32, ignore_eos=True, stop_repetition=32)
+    assert {t.finish_reason for t in worker.generate(prompts[:4], full, seeds=[0] * 4)} == {"length"}
 
     begun = [
         Request("0", t.prompt_ids, bound, 0).trace(t.completion_ids[:30], t.logprobs[:30], [20] * 30, "suspended")

@@ -19,6 +19,12 @@ PROFILED_STEPS = 8
 SPARE_STEPS = 2 * WARM_STEPS + 2 * PROFILED_STEPS + 5 * 16
 """More than a sequence is drawn for; each of five phases goes on for up to two bursts of eight steps too long."""
 CAUSE_CHARS = 300
+CONNECTOR = {
+    "kv_connector": "PresentContext",
+    "kv_connector_module_path": "deltarl.rl.bench.rollout_context",
+    "kv_role": "kv_producer",
+}
+"""Not a consumer: for one of those vLLM keeps blocks back while the GPU is a step ahead, as no rollout does."""
 
 
 @dataclass
@@ -85,11 +91,7 @@ class Engine:
             load_format="dummy",
             enable_chunked_prefill=True,
             max_num_batched_tokens=max(8192, spec.max_num_seqs),
-            kv_transfer_config={
-                "kv_connector": "PresentContext",
-                "kv_connector_module_path": "deltarl.rl.bench.rollout_context",
-                "kv_role": "kv_both",
-            },
+            kv_transfer_config=CONNECTOR,
         )
         self.core = self.llm.llm_engine
         self.cache = self.scheduler.kv_cache_config

@@ -143,15 +143,18 @@ def test_no_worker_outlives_its_parent(tmp_path, how, state):
     script = tmp_path / "parent.py"
     script.write_text(textwrap.dedent(PARENT))
     with subprocess.Popen([sys.executable, str(script), FAULT.name, state], stderr=subprocess.DEVNULL) as parent:
-        watched = psutil.Process(parent.pid)
-        assert wait_until(lambda: len(watched.children(recursive=True)) == 2)
-        workers = watched.children(recursive=True)
-        if state == "busy":
-            assert wait_until(lambda: min(p.cpu_times().user for p in workers) > 1.0)
-        else:
-            time.sleep(0.5)
-        parent.send_signal(how)
-        parent.wait(timeout=30)
+        try:
+            watched = psutil.Process(parent.pid)
+            assert wait_until(lambda: len(watched.children(recursive=True)) == 2)
+            workers = watched.children(recursive=True)
+            if state == "busy":
+                assert wait_until(lambda: min(p.cpu_times().user for p in workers) > 1.0)
+            else:
+                time.sleep(0.5)
+            parent.send_signal(how)
+            parent.wait(timeout=30)
+        finally:
+            parent.kill()
     assert len(workers) == 2
     assert wait_until(lambda: not running(workers))
 

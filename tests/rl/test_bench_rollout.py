@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+from vllm.config import KVTransferConfig
 
 from deltarl.rl.bench import rollout_engine
 from deltarl.rl.bench.rollout import run_process, write_model
@@ -100,3 +101,7 @@ def test_how_a_process_ended(program, ended, tmp_path) -> None:
 def test_unfit_options_are_named(case, message, capsys) -> None:
     assert main(["bench", "rollout", *TINY, *case]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_bench_draws_with_the_scheduler_that_rollouts_have():
+    assert not KVTransferConfig(**rollout_engine.CONNECTOR).is_kv_consumer  # SteadySteps would leave it all to vLLM

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltarl.rollout.sync import Layout, Place, checksums_in, engine_tensors, refresh, settle
+from deltarl.rollout.sync import Layout, Place, checksums_in, engine_tensors, loaded_parameters, refresh, settle
 from deltarl.rollout.transfer import SharedMemory, attach, plan_buckets, unpack
 from deltarl.rollout.types import WeightSyncError
 
@@ -47,7 +47,7 @@ def whole_layout(model: nn.Module, held: Mapping[str, torch.Tensor], parts: int)
     if parts == 1:
         return {name: Place(view.shape, view.dtype) for name, view in held.items()}
     layout = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in loaded_parameters(model):
         if not hasattr(parameter, "cut"):
             raise WeightSyncError(f"the engine's model does not say how ranks share {name}: set tensor_parallel to 1")
         shape, cut = list(parameter.shape), parameter.cut

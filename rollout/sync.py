@@ -57,11 +57,9 @@ def engine_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises WeightSyncError for a layout that cannot be read back by name.
     """
     found: dict[str, torch.Tensor] = {}
-    for name, param in model.named_parameters():
+    for name, param in loaded_parameters(model):
         path, _, leaf = name.rpartition(".")
         parent, _, layer = path.rpartition(".")
-        if leaf in DERIVED:
-            continue
         if layer in PACKED:
             sizes = model.get_submodule(path).output_sizes
             for part, view in zip(PACKED[layer], param.data.split(sizes), strict=True):
@@ -79,6 +77,11 @@ def engine_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             rows = getattr(model.get_submodule(path), "org_vocab_size", None)  # vLLM pads vocabularies
             found[name] = param.data if rows is None else param.data[:rows]
     return found
+
+
+def loaded_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a vLLM model that checkpoints hold, by the model's own names."""
+    return (named for named in model.named_parameters() if named[0].rpartition(".")[2] not in DERIVED)
 
 
 def expert_tensors(path: str, leaf: str, stacked: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

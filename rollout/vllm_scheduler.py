@@ -26,6 +26,9 @@ LONGEST_BURST = 8
 TOKENS_A_STEP = 16
 """So many tokens must the running requests have drawn, in the mean, for each step of a burst."""
 
+LET_IN_SHARE = 8
+"""Requests that wait for a place are let in when this part of those that run has ended, or as many as wait."""
+
 
 @dataclass
 class Drawn:
@@ -96,6 +99,8 @@ class SteadySteps(KnownRoom):
     """Whether the engine begins to draw a request's next tokens before it hands out those before."""
     longest_burst = 1
     """Steps that the model runner can take at a time."""
+    full_at: int | None = None
+    """So many requests ran when vLLM last had others wait for want of room."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,13 +117,26 @@ class SteadySteps(KnownRoom):
         for steps in sorted({self._steps(drawing), 1}, reverse=True) if drawing else ():
             if (blocks := self._new_blocks(drawing, steps)) is not None:
                 return self._more_tokens(drawing, blocks, steps)
-        return super().schedule(*args, **kwargs)
+        step = super().schedule(*args, **kwargs)
+        running, waiting = self.get_request_counts()
+        let_in = step.scheduled_new_reqs or step.scheduled_cached_reqs.resumed_req_ids
+        full = waiting and (running >= self.max_num_running_reqs or not let_in)
+        self.full_at = running if full else None
+        return step
+
+    def _lets_in(self, running: int, waiting: int) -> bool:
+        """Whether waiting requests are to be let in, for which vLLM goes through all that run.
+
+        Of hundreds one ends at almost every step, so that its place stays free until it is worth while.
+        """
+        if not waiting or running >= self.max_num_running_reqs:
+            return False
+        return self.full_at is None or self.full_at - running >= min(waiting, max(1, self.full_at // LET_IN_SHARE))
 
     def _drawing(self) -> list[Request]:
         """The running requests that draw a token in the next step; none where that is not all that the step does."""
         running, waiting = self.get_request_counts()
-        admits = waiting and running < self.max_num_running_reqs
-        if admits or running > self.max_num_scheduled_tokens or self.reset_preempted_req_ids:
+        if self._lets_in(running, waiting) or running > self.max_num_scheduled_tokens or self.reset_preempted_req_ids:
             return []
         if self.pause_state != PauseState.UNPAUSED:
             return []

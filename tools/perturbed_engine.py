@@ -5,7 +5,8 @@
 The engine draws from another policy than the learner holds, and records that policy's logprobs; without correction the
 learner takes what was drawn for its own. --noise: after every weight sync each tensor in the engine is
 W + noise x rms(W) x N(0, 1), drawn anew from (seed, version), or with --fixed once for all syncs, as an engine with a
-bad kernel or bad quantisation would be off. --heat: the engine draws at heat x rl.temperature.
+bad kernel or bad quantisation would be off; --tensors: only those with this in their names.
+--heat: the engine draws at heat x rl.temperature.
 --lag: the engine gets the learner's weights after every lag-th step only, and draws with the old ones in between.
 Accuracies are shares of right training samples, drawn from that engine; the last column is the learner's own held-out
 accuracy, from an engine as it should be.
@@ -37,6 +38,7 @@ class Off:
 
     noise: float
     fixed: bool
+    tensors: str
     heat: float
     lag: int
 
@@ -68,7 +70,8 @@ class PerturbedEngine:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + (0 if self.off.fixed else version))
         for name, tensor in self.held:
             drawn = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-            scale = self.off.noise * tensor.float().square().mean().sqrt()
+            noise = self.off.noise if self.off.tensors in name else 0.0
+            scale = noise * tensor.float().square().mean().sqrt()
             yield name, (tensor + scale * drawn).to(tensor.dtype)
 
 
@@ -90,6 +93,7 @@ def main() -> None:
     parser.add_argument("job")
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--fixed", action="store_true")
+    parser.add_argument("--tensors", default="")
     parser.add_argument("--heat", type=float, default=1.0)
     parser.add_argument("--lag", type=int, default=1)
     parser.add_argument("--modes", nargs="+", default=["none", "token_truncate"])
@@ -97,7 +101,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     quiet_libraries()
-    off = Off(args.noise, args.fixed, args.heat, args.lag)
+    off = Off(args.noise, args.fixed, args.tensors, args.heat, args.lag)
     heads = ("correction", "seed", "is_ess", "first step", "best step", "last 5 steps", "entropy", "held-out, clean")
     table = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for mode in args.modes:

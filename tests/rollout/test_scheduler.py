@@ -90,3 +90,18 @@ def test_most_steps_are_not_vllm_s(worker, prompts, monkeypatch) -> None:
     assert [len(trace.completion_ids) for trace in traces] == [30] * 4
     assert scheduler.current_step - began == 5  # the four prompts, and 29 tokens in bursts of 8, 8, 8 and 5
     assert len(asked) <= 3
+
+
+def test_waiting_requests_are_let_in_when_a_part_of_the_places_is_free(worker, prompts, monkeypatch) -> None:
+    """Which spares going through all that run at every end, and changes no token."""
+    whole, found = Scheduler.schedule, {}
+    samplings = [dataclasses.replace(SAMPLED, stop_token_ids=(), max_tokens=10 + 3 * place) for place in range(9)]
+    for share in (4, 2, 1):
+        asked = []
+        monkeypatch.setattr(vllm_scheduler, "LET_IN_SHARE", share)
+        monkeypatch.setattr(Scheduler, "schedule", lambda self, *args, to=asked: to.append(self) or whole(self, *args))
+        traces = draw(worker, prompts, samplings, range(9))
+        assert worker._scheduler.get_request_counts() == (0, 0)
+        found[share] = (len(asked), [tokens for tokens, _, _ in traces])
+    assert found[4][0] > found[2][0] > found[1][0]
+    assert found[4][1] == found[2][1] == found[1][1]

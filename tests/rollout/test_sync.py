@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from deltarl.rollout import EngineError, engine, make_worker
+from deltarl.rollout import EngineError, WeightSyncError, engine, make_worker
 from deltarl.rollout.checksum import checksum, checksums, digest
+from deltarl.rollout.ranks import whole_layout
+from deltarl.rollout.sync import Place, engine_tensors
+from deltarl.rollout.vllm_weights import Weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -77,3 +80,18 @@ def test_folders_without_a_model_are_named(tmp_path) -> None:
 def test_unknown_engine_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="unknown rollout engine 'sglang': use vllm or hf"):
         make_worker(tmp_path, engine="sglang")
+
+
+def test_ranks_do_not_share_what_the_engine_derives() -> None:
+    """vLLM's latent attention keeps parameters of its own on a GPU, which no checkpoint has."""
+    model, derived = torch.nn.Module(), torch.nn.Module()
+    model.o_proj = Weight(torch.zeros(3, 4), cut=1)
+    model.attn = derived
+    derived.W_UV = torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+    held = engine_tensors(model)
+    assert whole_layout(model, held, parts=2) == {
+        "o_proj.weight": Place(torch.Size([3, 8]), torch.float32, cut=1, parts=2)
+    }
+    derived.kept = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(WeightSyncError, match=r"attn\.kept: set tensor_parallel to 1"):
+        whole_layout(model, held, parts=2)

@@ -89,7 +89,11 @@ class Server:
             self.say("ended", ended, self.worker.running_tokens)
 
     def say(self, *message: Any) -> None:
-        self.channel.send(pickle.dumps(message))
+        """Raises EOFError when the parent has closed the connection."""
+        try:
+            self.channel.send(pickle.dumps(message))
+        except (BrokenPipeError, ConnectionResetError):
+            raise EOFError("the other end is closed") from None
         self.spoke = time.monotonic()
 
     def add(self, requests: list[Request]) -> None:

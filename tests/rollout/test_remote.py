@@ -6,18 +6,22 @@ Seeds decide the tokens, so a completion that was drawn again after a loss must 
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import scramble
 from test_parity import GREEDY, assert_same_function
 
+from deltarl.channel import Channel
 from deltarl.model import checkpoint_tensors
 from deltarl.rollout import EngineError, Request, Sampling, WeightSyncError, make_worker, remote
+from deltarl.rollout.engine_process import Server
 from deltarl.rollout.remote import RemoteWorker
 
 SAMPLED = Sampling(temperature=0.8, max_tokens=96, ignore_eos=True)
@@ -300,3 +304,10 @@ def test_what_an_engine_cannot_do_is_said_before_it_starts(folder) -> None:
         make_worker(folder, tensor_parallel=2)
     with pytest.raises(EngineError, match="gpu is 3, but this process sees 0"):
         make_worker(folder, placement="process", gpu=3)
+
+
+def test_an_engine_with_something_to_say_to_a_learner_that_is_gone_ends_as_when_it_listens() -> None:
+    ours, learner = socket.socketpair()
+    learner.close()
+    with pytest.raises(EOFError, match="closed"):
+        Server(Channel(ours), SimpleNamespace(on_ranks=lambda describe: [({}, "cpu")]))

@@ -147,7 +147,8 @@ def all_gradients(
     dq, dk, dg, dA_log, ddt_bias = channel_gradients(x, tiles, out.by_chunk, found, dbeta)
     if initial is not None:
         dinitial = (dinitial * out.by_sequence[..., None, None]).to(initial.dtype)
-    return dq, dk, dv, dg, dbeta.sum(0).to(x.beta.dtype), dA_log, ddt_bias, dinitial, None
+    dbeta = dbeta.sum(0) if len(dbeta) > 1 else dbeta[0]
+    return dq, dk, dv, dg, dbeta.to(x.beta.dtype), dA_log, ddt_bias, dinitial, None
 
 
 def product_dtype(q: Tensor) -> torch.dtype:

@@ -12,11 +12,13 @@ CHUNK = 64
 @dataclass(frozen=True)
 class Chunks:
     """`row` [chunks] the first token of each chunk in the flattened batch, `size` [chunks] its tokens (1 to 64), and
-    `bounds` [N + 1]: sequence n has the chunks bounds[n] to bounds[n + 1]. All int32. `per_sequence` counts them."""
+    `bounds` [N + 1]: sequence n has the chunks bounds[n] to bounds[n + 1]. All int32; `sequence` [chunks], int64: which
+    sequence a chunk is of. `per_sequence` counts them."""
 
     row: Tensor
     size: Tensor
     bounds: Tensor
+    sequence: Tensor
     per_sequence: tuple[int, ...]
 
     @property
@@ -35,7 +37,7 @@ def chunks_of(lengths: tuple[int, ...], device: torch.device) -> Chunks:
     row = (length.cumsum(0) - length)[sequence] + before
     size = (length[sequence] - before).clamp(max=CHUNK)
     tables = (x.to(device, torch.int32) for x in (row, size, bounds))
-    return Chunks(*tables, tuple(per_sequence.tolist()))
+    return Chunks(*tables, sequence.to(device), tuple(per_sequence.tolist()))
 
 
 @lru_cache(maxsize=8)

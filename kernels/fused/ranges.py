@@ -48,14 +48,12 @@ def into_range(x: Inputs, do: Tensor, dfinal: Tensor | None) -> Scaled:
         largest_kernel, (x.heads, chunks.count),
         do, chunks.row, chunks.size, largest, H=x.heads, C=CHUNK, D=x.value, **config.launch(),
     )  # fmt: skip
-    per_sequence = chunks.bounds.diff().long()
-    sequence = torch.repeat_interleave(per_sequence, output_size=chunks.count)
-    of_sequence = largest.new_zeros(len(per_sequence), x.heads)
-    of_sequence.scatter_reduce_(0, sequence.unsqueeze(1).expand_as(largest), largest, "amax")
+    of_sequence = largest.new_zeros(len(chunks.per_sequence), x.heads)
+    of_sequence.scatter_reduce_(0, chunks.sequence.unsqueeze(1).expand_as(largest), largest, "amax")
     if dfinal is not None:
         of_sequence = torch.maximum(of_sequence, dfinal.abs().amax((2, 3)))
     # A float's bits from the 23rd on are its power of two + 127: these stay within 1 to 254 after the shifts by 4.
     power = (of_sequence.view(torch.int32) >> 23).clamp(5, 249)
     by_sequence, factor = (bits.bitwise_left_shift(23).view(torch.float32) for bits in (power + 4, 250 - power))
     dfinal = None if dfinal is None else dfinal * factor[..., None, None]
-    return Scaled(do, dfinal, by_sequence[sequence], by_sequence)
+    return Scaled(do, dfinal, by_sequence[chunks.sequence], by_sequence)

@@ -18,6 +18,8 @@ from deltarl.rl.errors import UserError
 from deltarl.rl.problems import Problem, read_jsonl
 
 BINS = 10
+FEW = 16
+"""With so many answers to a problem or fewer, the histogram has a line for each number of right ones."""
 
 
 def pass_rates(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -71,13 +73,21 @@ def in_band(problems: Sequence[Problem], rates: Mapping[str, float], band: tuple
 def describe(rows: Sequence[Mapping[str, Any]], band: tuple[float, float]) -> str:
     """The table's histogram, and what the band keeps, as text."""
     rates = [row["pass_rate"] for row in rows]
-    counts = Counter(min(BINS - 1, int(rate * BINS)) for rate in rates)
-    lines = ["pass rate   problems"]
-    for index in range(BINS):
-        share = counts[index] / max(1, len(rates))
-        lines.append(f"{index / BINS:.1f} - {(index + 1) / BINS:.1f}  {counts[index]:8d}  {'#' * round(40 * share)}")
+    lines = ["right       problems"]
+    for label, count in histogram(rows):
+        lines.append(f"{label:9s}  {count:8d}  {'#' * round(40 * count / max(1, len(rates)))}")
     low, high = band
     kept = sum(low <= rate <= high for rate in rates)
     never, always = rates.count(0.0), rates.count(1.0)
     lines.append(f"{never} never right, {always} always right; {kept} of {len(rates)} in the band [{low:g}, {high:g}]")
     return "\n".join(lines)
+
+
+def histogram(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """Problems by number of right answers, or by tenths of their pass rates where more than `FEW` were sampled."""
+    most = max((row["n"] for row in rows), default=0)
+    if most <= FEW:
+        counts = Counter(round(row["pass_rate"] * most) for row in rows)
+        return [(f"{number} of {most}", counts[number]) for number in range(most + 1)]
+    counts = Counter(min(BINS - 1, int(row["pass_rate"] * BINS)) for row in rows)
+    return [(f"{index / BINS:.1f} - {(index + 1) / BINS:.1f}", counts[index]) for index in range(BINS)]

@@ -43,9 +43,17 @@ def test_the_moderate_band_is_kept():
         in_band(problems, rates, (0.6, 0.9))
 
 
-def test_histogram_counts_every_problem_once():
-    rows = [{"id": str(i), "pass_rate": rate, "n": 10} for i, rate in enumerate((0.0, 0.0, 0.1, 0.55, 0.9, 1.0))]
-    text = describe(rows, (0.1, 0.9))
-    counts = [int(line.split()[3]) for line in text.splitlines()[1:-1]]
-    assert counts == [2, 1, 0, 0, 0, 1, 0, 0, 0, 2]
-    assert text.splitlines()[-1] == "2 never right, 1 always right; 3 of 6 in the band [0.1, 0.9]"
+@pytest.mark.parametrize(
+    ("answers", "counts", "first", "last"),
+    [
+        (20, [2, 1, 0, 0, 0, 1, 0, 0, 0, 2], "0.0 - 0.1", "0.9 - 1.0"),
+        (10, [2, 1, 0, 0, 0, 0, 1, 0, 0, 1, 1], "0 of 10", "10 of 10"),
+    ],
+)
+def test_histogram_counts_every_problem_once(answers, counts, first, last):
+    rates = (0.0, 0.0, 0.1, 0.55 if answers == 20 else 0.6, 0.9, 1.0)
+    rows = [{"id": str(i), "pass_rate": rate, "n": answers} for i, rate in enumerate(rates)]
+    *lines, summary = describe(rows, (0.1, 0.9)).splitlines()[1:]
+    assert [int(line.split()[3]) for line in lines] == counts
+    assert (lines[0].startswith(first), lines[-1].startswith(last)) == (True, True)
+    assert summary == "2 never right, 1 always right; 3 of 6 in the band [0.1, 0.9]"

@@ -78,6 +78,7 @@ class VllmWorker(RolloutWorker):
         self.broken: str | None = None
         self.asleep: set[str] = set()
         self._running: dict[str, Run] = {}
+        self._watched: dict[str, Run] = {}  # those of them that may be ended for repetition
         with explained(max_model_len, gpu_memory_utilization):
             self.llm = engine.start(
                 model_path,
@@ -107,7 +108,10 @@ class VllmWorker(RolloutWorker):
             name = self.llm.llm_engine.add_request(
                 request.id, {"prompt_token_ids": request.read}, self._parameters(request)
             )
-            self._running[request.id] = Run(request, name, keep_drawn(self._scheduler, name), [(0, self.version)])
+            run = Run(request, name, keep_drawn(self._scheduler, name), [(0, self.version)])
+            self._running[request.id] = run
+            if request.sampling.stop_repetition:
+                self._watched[request.id] = run
 
     def _parameters(self, request: Request) -> SamplingParams:
         from vllm import SamplingParams
@@ -125,6 +129,7 @@ class VllmWorker(RolloutWorker):
             logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # nobody else has it
         )
 
     def step(self) -> list[tuple[str, Trace]]:
@@ -132,11 +137,11 @@ class VllmWorker(RolloutWorker):
             raise WeightSyncError(self.broken)
         ended = []
         for output in self.llm.llm_engine.step() if self._running else ():
-            run, reason = self._running.pop(output.request_id), output.outputs[0].finish_reason
+            run, reason = self._forget(output.request_id), output.outputs[0].finish_reason
             if self._goes_round(run) and run.cut < len(run.ids):
                 reason = "repetition"
             ended.append((output.request_id, run.trace(reason, self._routing(run))))
-        stuck = [name for name, run in self._running.items() if self._goes_round(run)]
+        stuck = [name for name, run in self._watched.items() if self._goes_round(run)]
         if stuck:
             ended += [(name, replace(trace, finish_reason="repetition")) for name, trace in self.suspend(stuck)]
         return ended
@@ -162,8 +167,12 @@ class VllmWorker(RolloutWorker):
         traces = [(run.request.id, run.trace("suspended", self._routing(run))) for run in runs]
         self.llm.llm_engine.abort_request([run.name for run in runs], internal=True)
         for run in runs:
-            del self._running[run.request.id]
+            self._forget(run.request.id)
         return traces
+
+    def _forget(self, name: str) -> Run:
+        self._watched.pop(name, None)
+        return self._running.pop(name)
 
     def _routing(self, run: Run) -> torch.Tensor | None:
         """The experts of all tokens of a request that ends."""

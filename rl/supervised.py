@@ -15,25 +15,33 @@ def encode(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: int) -
     What is learned of a turn is what the template puts after the prompt for it, its end token included. Raises
     UserError where the template writes a turn otherwise when more follows.
     """
-    found = []
-    for row in rows:
-        conversation = [*row["prompt"], *row["completion"]]
-        ids, places = _render(tokenizer, conversation), []
-        for turn in row["learned"]:
-            before = _render(tokenizer, conversation[:turn], add_generation_prompt=True)
-            through = _render(tokenizer, conversation[: turn + 1])
-            if through[: len(before)] != before or ids[: len(through)] != through:
-                raise UserError(
-                    "the chat template does not put an answer after its prompt, or writes a turn otherwise when more "
-                    "turns follow; learn the last turns alone (sft.turns: last) or fix the template"
-                )
-            places += range(len(before), min(len(through), max_length))
-        if places:
-            found.append(Marked(ids[:max_length], places))
-    return found
+    rows = list(rows)
+    conversations = [[*row["prompt"], *row["completion"]] for row in rows]
+    learned = [(place, turn) for place, row in enumerate(rows) for turn in row["learned"]]
+    followed = [(place, turn) for place, turn in learned if turn + 1 < len(conversations[place])]
+    whole = _render(tokenizer, conversations)
+    before = _render(tokenizer, [conversations[place][:turn] for place, turn in learned], add_generation_prompt=True)
+    parts = _render(tokenizer, [conversations[place][: turn + 1] for place, turn in followed])
+    through = dict(zip(followed, parts, strict=True))
+    places: list[list[int]] = [[] for _ in rows]
+    for (place, turn), prompt in zip(learned, before, strict=True):
+        ids = whole[place]
+        answered = through.get((place, turn), ids)
+        if answered[: len(prompt)] != prompt or ids[: len(answered)] != answered:
+            raise UserError(
+                "the chat template does not put an answer after its prompt, or writes a turn otherwise when more "
+                "turns follow; learn the last turns alone (sft.turns: last) or fix the template"
+            )
+        places[place] += range(len(prompt), min(len(answered), max_length))
+    return [Marked(ids[:max_length], found) for ids, found in zip(whole, places, strict=True) if found]
 
 
-def _render(tokenizer: Any, conversation: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
+def _render(
+    tokenizer: Any, conversations: list[list[dict[str, str]]], add_generation_prompt: bool = False
+) -> list[list[int]]:
+    """Token ids of each, all in one call: the tokenizer works on several at a time."""
+    if not conversations:
+        return []
     return tokenizer.apply_chat_template(
-        conversation, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
+        conversations, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
     )["input_ids"]

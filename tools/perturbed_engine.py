@@ -6,6 +6,7 @@ The engine draws from another policy than the learner holds, and records that po
 learner takes what was drawn for its own. --noise: after every weight sync each tensor in the engine is
 W + noise x rms(W) x N(0, 1), drawn anew from (seed, version), or with --fixed once for all syncs, as an engine with a
 bad kernel or bad quantisation would be off; --tensors: only those with this in their names.
+--bias: the engine's logits are off by bias x N(0, 1), one number for each token of the vocabulary, the same all along.
 --heat: the engine draws at heat x rl.temperature.
 --lag: the engine gets the learner's weights after every lag-th step only, and draws with the old ones in between.
 Accuracies are shares of right training samples, drawn from that engine; the last column is the learner's own held-out
@@ -39,16 +40,29 @@ class Off:
     noise: float
     fixed: bool
     tensors: str
+    bias: float
     heat: float
     lag: int
 
 
 class PerturbedEngine:
-    """A rollout worker with noisy or old weights that draws hotter than it is asked to; the rest is its own."""
+    """A rollout worker with noisy or old weights or shifted logits, or that draws hotter; the rest is its own."""
 
     def __init__(self, worker: Any, off: Off, seed: int) -> None:
         self.worker, self.off, self.seed = worker, off, seed
         self.held: list[tuple[str, torch.Tensor]] = []
+        if off.bias:
+            self._shift(worker.model)
+
+    def _shift(self, model: Any) -> None:
+        exact, generator = model.compute_logits, torch.Generator().manual_seed(self.seed)
+
+        def shifted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            logits = exact(*args, **kwargs)
+            drawn = torch.randn(logits.shape[-1], generator=generator.manual_seed(self.seed))
+            return logits + self.off.bias * drawn.to(logits)
+
+        model.compute_logits = shifted
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.worker, name)
@@ -94,6 +108,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--tensors", default="")
+    parser.add_argument("--bias", type=float, default=0.0)
     parser.add_argument("--heat", type=float, default=1.0)
     parser.add_argument("--lag", type=int, default=1)
     parser.add_argument("--modes", nargs="+", default=["none", "token_truncate"])
@@ -101,7 +116,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     quiet_libraries()
-    off = Off(args.noise, args.fixed, args.tensors, args.heat, args.lag)
+    off = Off(args.noise, args.fixed, args.tensors, args.bias, args.heat, args.lag)
     heads = ("correction", "seed", "is_ess", "first step", "best step", "last 5 steps", "entropy", "held-out, clean")
     table = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for mode in args.modes:

@@ -5,7 +5,7 @@
 The engine draws from another policy than the learner holds, and records that policy's logprobs; without correction the
 learner takes what was drawn for its own. --noise: after every weight sync each tensor in the engine is
 W + noise x rms(W) x N(0, 1), drawn anew from (seed, version), or with --fixed once for all syncs, as an engine with a
-bad kernel or bad quantisation would be off; --tensors: only those with this in their names.
+bad kernel or bad quantisation would be off.
 --bias: the engine's logits are off by bias x N(0, 1), one number for each token of the vocabulary, the same all along.
 --heat: the engine draws at heat x rl.temperature.
 --lag: the engine gets the learner's weights after every lag-th step only, and draws with the old ones in between.
@@ -39,7 +39,6 @@ class Off:
 
     noise: float
     fixed: bool
-    tensors: str
     bias: float
     heat: float
     lag: int
@@ -55,11 +54,11 @@ class PerturbedEngine:
             self._shift(worker.model)
 
     def _shift(self, model: Any) -> None:
-        exact, generator = model.compute_logits, torch.Generator().manual_seed(self.seed)
+        exact = model.compute_logits
 
         def shifted(*args: Any, **kwargs: Any) -> torch.Tensor:
             logits = exact(*args, **kwargs)
-            drawn = torch.randn(logits.shape[-1], generator=generator.manual_seed(self.seed))
+            drawn = torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(self.seed))
             return logits + self.off.bias * drawn.to(logits)
 
         model.compute_logits = shifted
@@ -84,8 +83,7 @@ class PerturbedEngine:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + (0 if self.off.fixed else version))
         for name, tensor in self.held:
             drawn = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-            noise = self.off.noise if self.off.tensors in name else 0.0
-            scale = noise * tensor.float().square().mean().sqrt()
+            scale = self.off.noise * tensor.float().square().mean().sqrt()
             yield name, (tensor + scale * drawn).to(tensor.dtype)
 
 
@@ -107,7 +105,6 @@ def main() -> None:
     parser.add_argument("job")
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--fixed", action="store_true")
-    parser.add_argument("--tensors", default="")
     parser.add_argument("--bias", type=float, default=0.0)
     parser.add_argument("--heat", type=float, default=1.0)
     parser.add_argument("--lag", type=int, default=1)
@@ -116,7 +113,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     quiet_libraries()
-    off = Off(args.noise, args.fixed, args.tensors, args.bias, args.heat, args.lag)
+    off = Off(args.noise, args.fixed, args.bias, args.heat, args.lag)
     heads = ("correction", "seed", "is_ess", "first step", "best step", "last 5 steps", "entropy", "held-out, clean")
     table = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for mode in args.modes:
@@ -124,10 +121,11 @@ def main() -> None:
             chosen = [f"rl.importance_sampling={mode}", f"seed={seed}", f"name=perturbed-{mode}-{seed}"]
             rows, heldout = run(load_job(args.job, [*args.overrides, *chosen]), off)
             accuracy = [row["accuracy"] or 0.0 for row in rows]
+            last = accuracy[-LAST:]
             ess = sum(row["is_ess"] for row in rows) / len(rows)
             table.append(
                 f"| {mode} | {seed} | {ess:.3f} | {accuracy[0]:.1%} | {max(accuracy):.1%} "
-                f"| {sum(accuracy[-LAST:]) / LAST:.1%} | {rows[-1]['entropy']:.3f} | {heldout:.1%} |"
+                f"| {sum(last) / len(last):.1%} | {rows[-1]['entropy']:.3f} | {heldout:.1%} |"
             )
             print(table[-1], flush=True)
     print("\n".join(table))

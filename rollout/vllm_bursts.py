@@ -80,15 +80,16 @@ def together(outputs: list[ModelRunnerOutput]) -> ModelRunnerOutput:
 class BurstRunner:
     """Lets vLLM's model runner take a `Burst`: takes the place of its `execute_model` and `sample_tokens`.
 
-    Never are more than `IN_FLIGHT` steps begun on the GPU: that many has vLLM buffers for, which the GPU reads from the
-    host's memory.
+    Never are more than `IN_FLIGHT` steps, or bursts of `DecodeSteps`, begun on the GPU: that many has vLLM buffers for,
+    which the GPU reads from the host's memory.
     """
 
     def __init__(self, runner: Any) -> None:
-        self.execute, self.sample = runner.execute_model, runner.sample_tokens
+        self.runner, self.execute, self.sample = runner, runner.execute_model, runner.sample_tokens
         self.burst: Burst | None = None
         self.on_gpu = torch.cuda.is_available()
         self.begun: deque[torch.cuda.Event] = deque()
+        self.steps = decode_steps(runner) if self.on_gpu else None
         runner.execute_model, runner.sample_tokens = self.execute_model, self.sample_tokens
 
     def execute_model(self, scheduled: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +101,11 @@ class BurstRunner:
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.burst is None:
             return self._sample(grammar_output)
+        batch = self.runner.execute_model_state.input_batch if self.steps else None
+        if batch is not None and (graph := self.steps.graph(batch)) is not None:
+            output = self.steps.take(self.sample(grammar_output), batch, graph, self.burst.length - 1)
+            self._begin()
+            return output
         burst, outputs = self.burst, [self._sample(grammar_output)]
         for place in range(1, burst.length):
             self.execute_model(burst.step(place))
@@ -108,11 +114,22 @@ class BurstRunner:
 
     def _sample(self, grammar_output: Any) -> Any:
         output = self.sample(grammar_output)
+        self._begin()
+        return output
+
+    def _begin(self) -> None:
+        """Note that a step more, or a burst, is under way."""
         if self.on_gpu:
             event = torch.cuda.Event(blocking=True)
             event.record()
             self.begun.append(event)
-        return output
+
+
+def decode_steps(runner: Any) -> Any:
+    """What takes the later steps of bursts on this model runner; None where the runner must."""
+    from deltarl.rollout.vllm_decode import DecodeSteps
+
+    return DecodeSteps(runner) if DecodeSteps.fit(runner) else None
 
 
 def take_bursts(worker: Any) -> None:

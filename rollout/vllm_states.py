@@ -46,6 +46,8 @@ class StateMetadataBuilder(AttentionMetadataBuilder[StateMetadata]):
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     reorder_batch_threshold = 1
+    holds_for_bursts: ClassVar[bool] = True
+    """What is built for a step says all there is to know in the next one of the same sequences."""
 
     def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

@@ -259,6 +259,39 @@ def test_decode_steps_can_be_whole_cuda_graphs_without_a_compiler() -> None:
     assert config.cudagraph_capture_sizes[-1] == 64
 
 
+def test_a_decode_step_is_made_of_these_parts_of_the_second_model_runner() -> None:
+    from vllm.v1.worker.gpu import input_batch
+
+    used = "rollout/vllm_decode.py DecodeSteps"
+    lengths = parameters(input_batch.prepare_pos_seq_lens)
+    assert lengths == ["idx_mapping", "query_start_loc", "num_computed_tokens", "pos", "seq_lens"], used
+    tokens = parameters(input_batch.combine_sampled_and_draft_tokens)[:9]
+    assert tokens[:4] == ["input_ids", "idx_mapping", "last_sampled_tokens", "query_start_loc"], used
+    assert tokens[4:] == ["seq_lens", "prefill_len", "draft_tokens", "cu_num_logits", "num_logits"], used
+    folder = Path(vllm.__file__).parent / "v1/worker/gpu"
+    runner, graphs = methods(folder / "model_runner.py"), methods(folder / "cudagraph_utils.py")
+    states = methods(folder / "model_states/mamba_hybrid.py")
+    assert runner["GPUModelRunner.prepare_attn"] == ["self", "input_batch"], used
+    assert runner["GPUModelRunner.sample"] == ["self", "hidden_states", "input_batch", "grammar_output"], used
+    names = ["self", "idx_mapping", "sampled_tokens", "num_sampled", "num_rejected", "query_start_loc"]
+    assert runner["GPUModelRunner.postprocess_sampled"] == names, used
+    assert graphs["ModelCudaGraphManager.run_fullgraph"] == ["self", "desc"], used
+    names = ["self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"]
+    assert graphs["CudaGraphManager.dispatch"][:5] == names, used
+    names = ["input_batch", "cudagraph_mode", "block_tables", "slot_mappings", "attn_groups", "kv_cache_config"]
+    assert next(v for k, v in states.items() if k.endswith(".prepare_attn"))[1:7] == names, used
+
+
+def methods(path: Path) -> dict[str, list[str]]:
+    """The parameters of every method in a file, by Class.method; read, as it cannot be imported without a GPU."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        for part in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(part, ast.FunctionDef):
+                found[f"{node.name}.{part.name}"] = [argument.arg for argument in part.args.args]
+    return found
+
+
 def test_the_configuration_has_what_our_class_reads() -> None:
     from vllm.transformers_utils.configs.kimi_linear import KimiLinearConfig
 

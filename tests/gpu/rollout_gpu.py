@@ -6,6 +6,7 @@ Each arm runs in a process of its own, and a failed or late one does not stop th
 log folder as they come, what vLLM says to ARM.log. --at-once: all arms beside each other, whose speeds say little then.
 DELTARL_VLLM_MODEL=vllm has vLLM's own class serve.
 
+"same seeds same tokens": of two draws; "step by step": of a third without bursts of several steps.
 The floor is the distance between the trainer's model in bf16 and in fp32 on the same tokens: what bf16 alone costs.
 """
 
@@ -135,10 +136,18 @@ def run(arm: str, tokens: int, ranks: int) -> Iterator[Row]:
         began = time.perf_counter()
         outputs.append(worker.generate(many, sampled, seeds=list(range(SEQUENCES))))
         speeds.append(SEQUENCES * tokens / (time.perf_counter() - began))
-    again = sum(a.completion_ids == b.completion_ids for a, b in zip(*outputs, strict=True)) / SEQUENCES
-    note = f"{max(speeds):.0f} tok/s at {SEQUENCES} x {tokens}, same seeds same tokens {again:.0%}"
+    note = f"{max(speeds):.0f} tok/s at {SEQUENCES} x {tokens}, same seeds same tokens {same(*outputs):.0%}"
+    if ranks == 1:
+        worker.llm.llm_engine.engine_core.engine_core.scheduler.longest_burst = 1
+        outputs.append(worker.generate(many, sampled, seeds=list(range(SEQUENCES))))
+        note += f", step by step {same(outputs[0], outputs[2]):.0%}"
     yield compare(arm, "sampled", exact(), outputs[0][:16], note)
     worker.close()
+
+
+def same(some: list[Trace], others: list[Trace]) -> float:
+    """The share of traces with equal tokens."""
+    return sum(a.completion_ids == b.completion_ids for a, b in zip(some, others, strict=True)) / len(some)
 
 
 HEAD = "arm      weights    greedy=argmax(fp32)  mean gap  max gap  bf16 floor  notes"

@@ -124,6 +124,21 @@ def test_two_implementations_get_the_same_inputs(build):
         assert difference(other.work(), ours.work()) == 0.0 and other.moved == ours.moved
 
 
+@pytest.mark.parametrize("bound", [None, -5.0])
+def test_transformers_computes_what_ours_computes(bound):
+    """Both in fp32 from the same bf16 inputs: results rounded to bf16 differ where one of few falls the other way."""
+    build = partial(cases.attention, "kda_chunk", cases.Shape(**SMALL, bound=bound))
+    for backward in (False, True):
+        ours, peer = build(backward, "ours", "cpu"), build(backward, "transformers", "cpu")
+        assert difference(peer.work(), ours.work()) < 5e-4 and peer.moved == ours.moved
+
+
+def test_transformers_takes_no_packed_sequences():
+    packed = cases.Shape(heads=2, width=32, lengths=(5, 40, 3))
+    assert cases.attention("kda_chunk", packed, False, "transformers", "cpu") is None
+    assert cases.attention("gdn_chunk", cases.Shape(**SMALL), False, "transformers", "cpu") is None
+
+
 def test_what_must_move():
     """B1 T32768 H16: 0.22 ms forward, 0.63 with backward at 3 TB/s, but for beta and the parameters."""
     rows, width = 4 * 2, 32

@@ -1,15 +1,15 @@
 """`deltarl bench kernels`: the operators of deltarl.kernels beside their public peers, in one run.
 
-On a CPU the peer is transformers' torch code; on CUDA fla-core's kernels where they are installed, and the torch code
-of this repository. A case may be run by itself (`--case`), since a peer may tune itself for minutes at the first call
-of a shape, and rows are written as they come (`--out`).
+On a CPU the peer is transformers' torch code; on CUDA that, fla-core's kernels where they are installed, and the torch
+code of this repository. A case may be run by itself (`--case`), since a peer may tune itself for minutes at the first
+call of a shape, and rows are written as they come (`--out`).
 
 Also runs where only torch, Triton and deltarl's code are:  python -P -m deltarl.rl.bench.kernels --device cuda
 """
 
 import argparse
 
-PEERS = ("all", "fla", "torch", "none")
+PEERS = ("all", "fla", "transformers", "torch", "none")
 
 
 def add_options(bench: argparse.ArgumentParser) -> None:

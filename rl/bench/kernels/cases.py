@@ -34,7 +34,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Case:
-    """build(implementation, device): "ours", "torch" or "fla"; None where that implementation has no such operator."""
+    """build(implementation, device), of "ours", "torch", "transformers", "fla": None where it has no such operator."""
 
     name: str
     what: str
@@ -59,6 +59,10 @@ def operator(name: str, implementation: str) -> Callable | None:
         return getattr(kernels, name, None)
     if implementation == "torch":
         return TORCH.get(name)
+    if implementation == "transformers":
+        from deltarl.rl.bench.kernels import hf
+
+        return hf.OPERATORS.get(name)
     from deltarl.rl.bench.kernels.fla import OPERATORS
 
     return OPERATORS.get(name)
@@ -84,7 +88,7 @@ def raw_inputs(shape: Shape, device: str, *, decays: int) -> Tensors:
 
 def attention(name: str, shape: Shape, backward: bool, implementation: str, device: str) -> Built | None:
     attend = operator(name, implementation)
-    if attend is None:
+    if attend is None or (shape.lengths and implementation == "transformers"):  # which takes no packed sequences
         return None
     options: dict = {} if shape.bound is None else {"gate_lower_bound": shape.bound}
     if shape.lengths:

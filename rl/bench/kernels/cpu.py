@@ -8,14 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
-from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
 from deltarl.kernels import kda_chunk, kda_recurrent
 from deltarl.model import build_model
+from deltarl.rl.bench.kernels import hf
 from deltarl.rl.bench.kernels.rows import Row
 
 REPEATS = 5
@@ -76,14 +75,14 @@ def median_seconds(work: Work, repeats: int) -> float:
 
 def chunk_pair() -> tuple[Work, Work]:
     inputs = raw_inputs(batch=8, tokens=1024)
-    ours, peer = partial(kda_chunk, **inputs), partial(peer_attend, kimi.chunk_kimi_delta_attention, **inputs)
+    ours, peer = partial(kda_chunk, **inputs), partial(hf.kda_chunk, **inputs)
     same(ours()[0], peer()[0])
     return ours, peer
 
 
 def decode_pair() -> tuple[Work, Work]:
     inputs = raw_inputs(batch=64, tokens=1) | {"initial_state": torch.randn(64, HEADS, WIDTH, WIDTH)}
-    ours, peer = partial(kda_recurrent, **inputs), partial(peer_attend, kimi.recurrent_kimi_delta_attention, **inputs)
+    ours, peer = partial(kda_recurrent, **inputs), partial(hf.kda_recurrent, **inputs)
     same(ours()[0], peer()[0])
     return ours, peer
 
@@ -111,24 +110,6 @@ def raw_inputs(batch: int, tokens: int) -> dict[str, Tensor]:
     q, k, v, g = (torch.randn(batch, tokens, HEADS, WIDTH) for _ in range(4))
     gate = {"A_log": torch.rand(HEADS).mul(15).add(1).log(), "dt_bias": torch.full((HEADS * WIDTH,), -4.0)}
     return {"q": q, "k": k, "v": v, "g": g, "beta": torch.randn(batch, tokens, HEADS), **gate}
-
-
-def peer_attend(
-    operator: Callable, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor, dt_bias: Tensor,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """transformers' operator, which takes the gate and the sigmoid as already applied."""
-    decay = -A_log.exp().view(-1, 1) * F.softplus(g + dt_bias.view(g.shape[-2:]))
-    return operator(
-        q,
-        k,
-        v,
-        decay,
-        beta.sigmoid(),
-        initial_state=initial_state,
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=True,
-    )
 
 
 def same(ours: Tensor, peer: Tensor) -> None:

@@ -66,7 +66,7 @@ def peers_of(choice: str) -> list[str]:
     if choice == "fla" and not find_spec("fla"):
         raise UserError("--peer fla: fla-core is not installed: pip install fla-core==0.6.0")
     if choice == "all":
-        return ["torch", "fla"] if find_spec("fla") else ["torch"]
+        return [name for name in ("torch", "transformers", "fla") if name == "torch" or find_spec(name)]
     return [] if choice == "none" else [choice]
 
 
@@ -131,7 +131,7 @@ def difference(results: Sequence[torch.Tensor], ours: Sequence[torch.Tensor]) ->
 
 def first_call(case: str, implementation: str) -> dict[str, Any]:
     """Raises RuntimeError with the last line of the process that failed."""
-    if implementation == "torch":
+    if implementation in ("torch", "transformers"):
         return {}  # compiles nothing
     with tempfile.TemporaryDirectory() as empty:
         done = subprocess.run(

@@ -70,11 +70,18 @@ def in_a_process(side: str, args: argparse.Namespace) -> dict[str, Any]:
         command += ["--set", override]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {args.limit} s"}
+    except subprocess.TimeoutExpired as error:
+        said = last_line((error.stderr or b"").decode(errors="replace"))
+        return {"failed": f"not done after {args.limit} s" + (f"; said last: {said}" if said else "")}
     if done.returncode:
-        return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
+        return {"failed": last_line(done.stderr) or f"exit code {done.returncode}"}
     return summary(json.loads(done.stdout.splitlines()[-1]))
+
+
+def last_line(text: str) -> str:
+    """The last line that is not empty; of a line that was written over itself, its last state."""
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines()]
+    return next((line for line in reversed(lines) if line), "")
 
 
 def summary(rows: Sequence[dict[str, float]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from deltarl.model import save_checkpoint
-from deltarl.rl.bench.stock import summary
+from deltarl.rl.bench.stock import last_line, summary
 from deltarl.rl.cli import main
 from deltarl.rl.jobs import load_job
 from deltarl.rl.tokenizer import build_tokenizer
@@ -43,6 +43,17 @@ def test_both_sides_train_and_are_timed(job, capsys) -> None:
     for side in found.values():
         assert len(side["steps"]) == 2 and all(0 < row["tokens"] <= 2 * 2 * 8 for row in side["steps"])
         assert side["seconds"] == side["steps"][1]["seconds"] > 0
+
+
+def test_a_late_side_is_said(job, capsys) -> None:
+    assert main(["bench", "trl", job, "--steps", "2", "--micro-batch", "4", "--limit", "1"]) == 1
+    trl, ours = capsys.readouterr().out.splitlines()
+    assert trl.startswith("trl      not done after 1 s") and ours.startswith("deltarl  not done after 1 s")
+
+
+def test_what_was_said_last() -> None:
+    assert last_line("Loading\nRL:  0%\rRL: 50%\r  \n\n") == "RL: 50%"
+    assert last_line(" \n") == ""
 
 
 def test_trl_generates_with_vllm_where_there_is_a_gpu_or_as_it_is_told(job, tmp_path) -> None:

@@ -65,7 +65,8 @@ class DecodeSteps:
             return False
         parallel = runner.vllm_config.parallel_config
         alone = parallel.pipeline_parallel_size == parallel.data_parallel_size == 1 and not parallel.enable_eplb
-        plain = runner.speculator is None and not runner.lora_config and runner.pcp_manager is None
+        plain = runner.speculator is None and runner.pcp_manager is None
+        plain = plain and not (runner.lora_config or runner.supports_mm_inputs)
         return alone and plain and getattr(runner.model_state, "rope_state", None) is None
 
     def graph(self, batch: InputBatch) -> Any:

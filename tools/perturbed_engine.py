@@ -10,7 +10,8 @@ bad kernel or bad quantisation would be off.
 --heat: the engine draws at heat x rl.temperature.
 --lag: the engine gets the learner's weights after every lag-th step only, and draws with the old ones in between.
 Accuracies are shares of right training samples, drawn from that engine; the last column is the learner's own held-out
-accuracy, from an engine as it should be.
+accuracy, from an engine as it should be. The curves of all runs go to perturbed.png beside them; what is held-out there
+is drawn from the engine that is off.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from deltarl.rl.jobs import Job, load_job
 from deltarl.rl.measuring import evaluate_target
 from deltarl.rl.metrics import read_metrics
 from deltarl.rl.parts import open_engine
+from deltarl.rl.plots import draw_comparison
 from deltarl.rollout import Request, Sampling
 
 LAST = 5
@@ -87,8 +90,8 @@ class PerturbedEngine:
             yield name, (tensor + scale * drawn).to(tensor.dtype)
 
 
-def run(job: Job, off: Off) -> tuple[list[dict[str, Any]], float]:
-    """The rows of a run's steps, and the learner's held-out accuracy after it."""
+def run(job: Job, off: Off) -> tuple[Path, list[dict[str, Any]], float]:
+    """A run's folder, the rows of its steps, and the learner's held-out accuracy after it."""
     opened = runs.open_engine
     runs.open_engine = lambda job, path: PerturbedEngine(open_engine(job, path), off, job.seed)
     try:
@@ -96,7 +99,7 @@ def run(job: Job, off: Off) -> tuple[list[dict[str, Any]], float]:
     finally:
         runs.open_engine = opened
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "rl"]
-    return rows, evaluate_target(str(folder), None, [])["accuracy"]
+    return folder, rows, evaluate_target(str(folder), None, [])["accuracy"]
 
 
 def main() -> None:
@@ -116,10 +119,12 @@ def main() -> None:
     off = Off(args.noise, args.fixed, args.bias, args.heat, args.lag)
     heads = ("correction", "seed", "is_ess", "first step", "best step", "last 5 steps", "entropy", "held-out, clean")
     table = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    folders: dict[str, list[Path]] = {mode: [] for mode in args.modes}
     for mode in args.modes:
         for seed in args.seeds:
             chosen = [f"rl.importance_sampling={mode}", f"seed={seed}", f"name=perturbed-{mode}-{seed}"]
-            rows, heldout = run(load_job(args.job, [*args.overrides, *chosen]), off)
+            folder, rows, heldout = run(load_job(args.job, [*args.overrides, *chosen]), off)
+            folders[mode].append(folder)
             accuracy = [row["accuracy"] or 0.0 for row in rows]
             last = accuracy[-LAST:]
             ess = sum(row["is_ess"] for row in rows) / len(rows)
@@ -129,6 +134,7 @@ def main() -> None:
             )
             print(table[-1], flush=True)
     print("\n".join(table))
+    print(draw_comparison(folders, folder.parent / "perturbed.png"))
 
 
 if __name__ == "__main__":

@@ -279,6 +279,20 @@ def test_correction_weights_by_hand():
     torch.testing.assert_close(weights("geometric_truncate").flatten(), torch.stack([one, e[0]]), **CLOSE)
 
 
+def test_where_nothing_is_to_be_learned_another_sampler_pulls_at_every_token_unless_it_is_weighed():
+    """All tokens have the advantage A: in expectation over the sampler q, gradient 0 with weights, A (pi - q) without."""
+    logits = torch.tensor([0.3, -1.0, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
+    q = (logits.detach() + torch.tensor([0.5, -0.4, 0.1, 0.6])).softmax(0)
+    pi, ones, advantages = logits.softmax(0), torch.ones(4, 1), torch.full((4, 1), -0.7, dtype=torch.float64)
+    logprobs = pi.log().unsqueeze(1)
+    weights = correction_weights(logprobs, q.log().unsqueeze(1), ones, "token_truncate", cap=9.0)
+    loss, _ = clipped_surrogate(logprobs, logprobs.detach(), advantages, ones)
+    (plain,) = torch.autograd.grad((q.unsqueeze(1) * loss).sum(), logits, retain_graph=True)
+    (weighed,) = torch.autograd.grad((q.unsqueeze(1) * weights * loss).sum(), logits)
+    torch.testing.assert_close(plain, -0.7 * (pi.detach() - q), **CLOSE)
+    torch.testing.assert_close(weighed, torch.zeros_like(weighed), **CLOSE)
+
+
 def test_a_mask_mode_drops_what_lies_outside_its_range():
     gap = torch.tensor([[0.3, -0.3], [0.8, 0.8], [-0.9, -0.1]], dtype=torch.float64)
     sampler, mask = torch.zeros_like(gap), torch.ones(3, 2)

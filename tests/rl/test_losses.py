@@ -280,7 +280,7 @@ def test_correction_weights_by_hand():
 
 
 def test_where_nothing_is_to_be_learned_another_sampler_pulls_at_every_token_unless_it_is_weighed():
-    """Every token has the advantage A: in expectation over the sampler q gradient 0 with weights, A (pi - q) without."""
+    """Each token has the advantage A: in expectation over the sampler q gradient 0 with weights, A (pi - q) without."""
     logits = torch.tensor([0.3, -1.0, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
     q = (logits.detach() + torch.tensor([0.5, -0.4, 0.1, 0.6])).softmax(0)
     pi, ones, advantages = logits.softmax(0), torch.ones(4, 1), torch.full((4, 1), -0.7, dtype=torch.float64)

@@ -19,6 +19,7 @@ PROFILED_STEPS = 8
 SPARE_STEPS = 2 * WARM_STEPS + 2 * PROFILED_STEPS + 5 * 16
 """More than a sequence is drawn for; each of five phases goes on for up to two bursts of eight steps too long."""
 CAUSE_CHARS = 300
+KERNELS, NAME_CHARS = 12, 80
 CONNECTOR = {
     "kv_connector": "PresentContext",
     "kv_connector_module_path": "deltarl.rl.bench.rollout_context",
@@ -57,6 +58,7 @@ class Row:
     `failed` (note: why no more rows of this engine come).
 
     gpu_ms: the time of a decode step's kernels, in milliseconds; what ms_per_token has over it is waiting for the host.
+    kernels: those that take most of it, by name.
     host_us: microseconds of processor time for a sequence and decode step, in the thread that steps the engine, outside
     of vLLM's model runner; runner_us: inside of it.
     """
@@ -74,6 +76,7 @@ class Row:
     host_us: float = 0.0
     runner_us: float = 0.0
     cache_bytes: int = 0
+    kernels: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -168,7 +171,7 @@ class Engine:
         before, began = self.drawn(), time.perf_counter()
         self.step_until(before + self.spec.steps * batch)
         seconds, tokens = time.perf_counter() - began, self.drawn() - before
-        gpu_ms = self.kernel_milliseconds(batch)
+        kernels = self.kernel_milliseconds(batch)
         host_us, runner_us = self.host_microseconds(batch)
         evicted = len(self.scheduler.waiting)
         self.core.abort_request(names)
@@ -181,23 +184,28 @@ class Engine:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "ms_per_token": seconds / tokens * batch * 1e3,
-            "gpu_ms": gpu_ms,
+            "gpu_ms": sum(kernels.values()),
+            "kernels": dict(sorted(kernels.items(), key=lambda kernel: -kernel[1])[:KERNELS]),
             "host_us": host_us,
             "runner_us": runner_us,
         }
 
-    def kernel_milliseconds(self, batch: int) -> float:
-        """Milliseconds that the kernels of a step take, from a profile of a few steps more; 0 without a GPU."""
+    def kernel_milliseconds(self, batch: int) -> dict[str, float]:
+        """Milliseconds that each kernel takes in a step, from a profile of a few steps more; none without a GPU."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
         if not torch.cuda.is_available():
-            return 0.0
+            return {}
         before = self.drawn()
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             self.step_until(before + PROFILED_STEPS * batch)
-        kernels = sum(event.self_device_time_total for event in profiled.key_averages())
-        return kernels / (self.drawn() - before) * batch / 1e3
+        a_step = batch / (self.drawn() - before) / 1e3
+        found: dict[str, float] = {}
+        for event in profiled.key_averages():
+            name = event.key[:NAME_CHARS]
+            found[name] = found.get(name, 0.0) + event.self_device_time_total * a_step
+        return found
 
     def host_microseconds(self, batch: int) -> tuple[float, float]:
         """Processor time of this thread per sequence and step outside and inside of the model runner, of a few steps

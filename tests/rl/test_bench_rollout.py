@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import torch
 from vllm.config import KVTransferConfig
 
 from deltarl.rl.bench import rollout_engine
@@ -28,6 +29,7 @@ def test_rows_of_a_tiny_engine(tmp_path, capsys) -> None:
     assert [(row["context"], row["batch"]) for row in decode] == [(64, 2), (64, 4), (5000, 2), (5000, 4)]
     for row in decode:
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["ms_per_token"])
+        assert (row["gpu_ms"] > 0) == torch.cuda.is_available() == bool(row["kernels"])
     assert decode[0]["cache_bytes"] < decode[2]["cache_bytes"]
 
 

@@ -22,10 +22,11 @@ def start(folder: Path, *arguments: str, processes: int = 1) -> str:
         [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     )
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # an abort says where each process was
     finished = subprocess.run(
         [sys.executable, *launcher, *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.returncode == 0, finished.stderr[-9000:]
     return finished.stdout
 
 

@@ -1,5 +1,6 @@
 """The RL steps of a job, ours and those of TRL's own trainer, for `deltarl bench trl`."""
 
+import sys
 import tempfile
 import time
 from typing import Any
@@ -45,6 +46,7 @@ def trl_steps(job: Job, micro_batch: int, engine: str | None) -> list[dict[str, 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             if "completions/mean_length" in logs:
                 rows[-1]["tokens"] = logs["completions/mean_length"] * job.rl.prompts_per_step * job.rl.num_generations
+                print(f"step {len(rows)}: {rows[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder, open_host(job) as host:
         problems = InTurn(load_data(job, host).train, seed=job.seed).next_problems(

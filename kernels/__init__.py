@@ -12,9 +12,11 @@ from deltarl.kernels.dispatch import (
     kda_decode_,
     kda_recurrent,
 )
+from deltarl.kernels.pending import Pending
 from deltarl.kernels.reference import dplr_reference, kda_reference
 
 __all__ = [
+    "Pending",
     "add_rms_norm_",
     "causal_conv1d",
     "causal_conv1d_decode_",

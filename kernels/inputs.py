@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltarl.kernels.pending import Pending, check_pending
+
 L2_EPS = 1e-6
 
 
@@ -125,10 +127,17 @@ def check_arguments(
 
 
 def check_decoding(
-    q: Tensor, v: Tensor, state: Tensor, slots: Tensor, norm_weight: Tensor | None, norm_gate: Tensor | None
+    q: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    norm_weight: Tensor | None,
+    norm_gate: Tensor | None,
+    pending: Pending | None,
 ) -> None:
-    """Raises ValueError unless states, slots and the output's norm (both or neither given) fit q [N, H, K] and
-    v [N, HV, V]."""
+    """Raises ValueError unless states, slots, the output's norm (both or neither given) and pending tokens fit
+    q [N, H, K], v [N, HV, V] and g [N, HV, K or 1]."""
     expected = (*v.shape[1:2], *q.shape[2:], *v.shape[2:])
     if state.shape[1:] != expected or slots.shape != v.shape[:1]:
         raise ValueError(
@@ -142,3 +151,5 @@ def check_decoding(
             f"norm_weight must be [V] and norm_gate [N, HV, V], got {tuple(norm_weight.shape)} and "
             f"{tuple(norm_gate.shape)} for v {tuple(v.shape)}"
         )
+    if pending is not None:
+        check_pending(pending, *v.shape[:2], q.shape[-1] + g.shape[-1] + v.shape[-1])

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltarl.kernels.inputs import check_decoding, initial_or_zero, prepare, sequence_lengths
+from deltarl.kernels.pending import Pending
 
 
 def kda_recurrent(
@@ -64,18 +65,21 @@ def kda_decode_(
     norm_weight: Tensor | None = None,
     norm_gate: Tensor | None = None,
     norm_eps: float = 1e-5,
+    pending: Pending | None = None,
 ) -> Tensor:
     """One token for each of N sequences, the states living in a pool and updated in place.
 
     q, k, g [N, H, K], v [N, H, V], beta [N, H]; `state` [slots, H, K, V] fp32; `slots` [N] distinct indices, or -1 for
     padding: its o is 0, and no state changes. Returns o [N, H, V] in v's dtype; with `norm_weight` [V] and `norm_gate`
     [N, H, V], RMSNorm(o) * norm_weight * sigmoid(norm_gate) in place of o. The gate arguments are those of `kda_chunk`.
-    Raises ValueError on shapes that do not fit.
+    With `pending`, what the sequences have besides their states, and may leave this token to. Raises ValueError on
+    shapes that do not fit.
     """
-    check_decoding(q, v, state, slots, norm_weight, norm_gate)
+    check_decoding(q, v, g, state, slots, norm_weight, norm_gate, pending)
     if len(slots) and slots.min() < 0:
-        valid = slots >= 0
+        valid = (slots >= 0).nonzero().squeeze(1)
         o = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+        taken = None if pending is None else pending._replace(tokens=pending.tokens[valid])
         o[valid] = kda_decode_(
             *(x[valid] for x in (q, k, v, g, beta)),
             state,
@@ -88,20 +92,38 @@ def kda_decode_(
             norm_weight=norm_weight,
             norm_gate=None if norm_gate is None else norm_gate[valid],
             norm_eps=norm_eps,
+            pending=taken,
         )
+        if pending is not None:
+            pending.tokens[valid] = taken.tokens
         return o
     x = prepare(*(t.unsqueeze(1) for t in (q, k, v, g, beta)), A_log, dt_bias, gate_lower_bound, scale, use_qk_l2norm)
-    q, k, g, beta = (t.squeeze(1) for t in (x.q, x.k, x.g, x.beta))
-    decay = g.exp()
+    dtype = v.dtype
+    q, k, v, g, beta = (t.squeeze(1) for t in (x.q, x.k, x.v, x.g, x.beta))
+    count, stays = (0, 0) if pending is None else pending.place.tolist()
+    if count:
+        earlier = pending.tokens[: len(q), :, :count].to(k.dtype)
+        keys, sums, news = earlier.split((k.shape[-1], g.shape[-1], v.shape[-1]), -1)
+        g = g + sums[..., -1, :]
+        faded = keys * (g.unsqueeze(-2) - sums).exp()  # [N, H, count, K]
+    decay, both = g.exp(), torch.stack((k, q), -2)
     rows = state.index_select(0, slots).to(k.dtype)
-    recalled, answered = (torch.stack((k * decay, q * decay), -2) @ rows).unbind(-2)  # [N, H, V] each
-    written = beta.unsqueeze(-1) * (x.v.squeeze(1) - recalled)
-    rows.mul_(decay.unsqueeze(-1)).addcmul_(k.unsqueeze(-1), written.unsqueeze(-2))
-    state.index_copy_(0, slots.long(), rows.to(state.dtype))
+    known = (both * decay.unsqueeze(-2)) @ rows
+    if count:
+        known += both @ faded.mT @ news
+    recalled, answered = known.unbind(-2)  # [N, H, V] each
+    written = beta.unsqueeze(-1) * (v - recalled)
+    if stays:
+        pending.tokens[: len(q), :, count] = torch.cat((k, g, written), -1).to(pending.tokens.dtype)
+    else:
+        rows.mul_(decay.unsqueeze(-1)).addcmul_(k.unsqueeze(-1), written.unsqueeze(-2))
+        if count:
+            rows += faded.mT @ news
+        state.index_copy_(0, slots.long(), rows.to(state.dtype))
     o = answered + (q * k).sum(-1, keepdim=True) * written
     if norm_weight is not None:
         o = F.rms_norm(o, norm_weight.shape, norm_weight.to(o.dtype), norm_eps) * norm_gate.to(o.dtype).sigmoid()
-    return o.to(v.dtype)
+    return o.to(dtype)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,11 +53,13 @@ def installed_vllm() -> tuple[str, str] | None:
 def prepare_environment() -> None:
     """Set what vLLM reads from the environment when it is imported; a log level already set stays.
 
-    One process, so that the learner hands its weights over by reference; and only errors in the log.
+    One process, so that the learner hands its weights over by reference; and only errors in the log. The processes in
+    which vLLM looks at a model's class must not import what lies in the working folder.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 @contextmanager
@@ -223,6 +225,8 @@ def start(
             if serves_our_class():
                 settings |= {} if on_cpu else gpu_settings(max_num_seqs)
                 runner = None if on_cpu else FIRST if routing else SECOND
+                if runner == SECOND:
+                    settings["additional_config"] = pending_room()
             elif config.get("gate_lower_bound") is not None:
                 raise EngineError(f"vLLM's Kimi Linear class has no bounded gate: leave {CHOICE} unset")
         if config.get("linear_attn_config") is not None and not config["linear_attn_config"].get("kda_layers"):
@@ -241,6 +245,14 @@ def start(
         if not routing:  # which is recorded step by step
             allow_bursts(llm)
         return llm
+
+
+def pending_room() -> dict[str, int]:
+    """vLLM's additional_config for a model whose states are written once a burst."""
+    from deltarl.rollout.vllm_scheduler import LONGEST_BURST
+    from deltarl.rollout.vllm_states import PENDING
+
+    return {PENDING: LONGEST_BURST - 1}
 
 
 def allow_bursts(llm: Any) -> None:

@@ -13,6 +13,8 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
 
+from deltarl.rollout.vllm_states import PENDING, LayerStates
+
 IN_FLIGHT = 2
 
 
@@ -77,6 +79,23 @@ def together(outputs: list[ModelRunnerOutput]) -> ModelRunnerOutput:
     )
 
 
+class PendingTokens:
+    """Tells the layers, on the device, which step of a burst comes next (`deltarl.kernels.Pending`)."""
+
+    def __init__(self, runner: Any) -> None:
+        layers = runner.vllm_config.compilation_config.static_forward_context.values()
+        self.place = next((layer.place for layer in layers if isinstance(layer, LayerStates)), None)
+        if self.place is not None:
+            most = runner.vllm_config.additional_config[PENDING]
+            table = [[[count, stays] for stays in (0, 1)] for count in range(most + 1)]
+            self.table = torch.tensor(table, dtype=torch.int32, device=self.place.device)
+
+    def come(self, count: int, stays: bool) -> None:
+        """So many tokens are pending, and whether that of the next step will be, too."""
+        if self.place is not None:
+            self.place.copy_(self.table[count, int(stays)])
+
+
 class BurstRunner:
     """Lets vLLM's model runner take a `Burst`: takes the place of its `execute_model` and `sample_tokens`.
 
@@ -89,21 +108,26 @@ class BurstRunner:
         self.burst: Burst | None = None
         self.on_gpu = torch.cuda.is_available()
         self.begun: deque[torch.cuda.Event] = deque()
-        self.steps = decode_steps(runner) if self.on_gpu else None
+        self.pending = PendingTokens(runner)
+        self.steps = decode_steps(runner, self.pending) if self.on_gpu else None
+        self.graph: Any = None
         runner.execute_model, runner.sample_tokens = self.execute_model, self.sample_tokens
 
     def execute_model(self, scheduled: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         self.burst = scheduled if isinstance(scheduled, Burst) and scheduled.length > 1 else None
         if len(self.begun) == IN_FLIGHT:
             self.begun.popleft().synchronize()
+        alone = self.burst is not None and self.steps is not None
+        self.graph = self.steps.graph(len(scheduled.num_scheduled_tokens)) if alone else None
+        self.pending.come(0, self.graph is not None)
         return self.execute(scheduled if self.burst is None else self.burst.step(0), *args, **kwargs)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.burst is None:
             return self._sample(grammar_output)
-        batch = self.runner.execute_model_state.input_batch if self.steps else None
-        if batch is not None and (graph := self.steps.graph(batch)) is not None:
-            output = self.steps.take(self.sample(grammar_output), batch, graph, self.burst.length - 1)
+        if self.graph is not None:
+            batch = self.runner.execute_model_state.input_batch
+            output = self.steps.take(self.sample(grammar_output), batch, self.graph, self.burst.length - 1)
             self._begin()
             return output
         burst, outputs = self.burst, [self._sample(grammar_output)]
@@ -125,11 +149,11 @@ class BurstRunner:
             self.begun.append(event)
 
 
-def decode_steps(runner: Any) -> Any:
+def decode_steps(runner: Any, pending: PendingTokens) -> Any:
     """What takes the later steps of bursts on this model runner; None where the runner must."""
     from deltarl.rollout.vllm_decode import DecodeSteps
 
-    return DecodeSteps(runner) if DecodeSteps.fit(runner) else None
+    return DecodeSteps(runner, pending) if DecodeSteps.fit(runner) else None
 
 
 def take_bursts(worker: Any) -> None:

@@ -49,10 +49,10 @@ def joined(first: ModelRunnerOutput, tokens: np.ndarray, logprobs: np.ndarray, r
 
 
 class DecodeSteps:
-    """Takes the steps of a burst that follow its first."""
+    """Takes the steps of a burst that follow its first. The states take in all its tokens with the last one."""
 
-    def __init__(self, runner: Any) -> None:
-        self.runner = runner
+    def __init__(self, runner: Any, pending: Any) -> None:
+        self.runner, self.pending = runner, pending
         self.length_dependent = [
             [group for group in groups if not getattr(group.get_metadata_builder(0), "holds_for_bursts", False)]
             for groups in runner.attn_groups
@@ -69,22 +69,22 @@ class DecodeSteps:
         plain = plain and not (runner.lora_config or runner.supports_mm_inputs)
         return alone and plain and getattr(runner.model_state, "rope_state", None) is None
 
-    def graph(self, batch: InputBatch) -> Any:
-        """The CUDA graph that takes this batch's decode steps; None where there is none."""
-        found = self.runner.cudagraph_manager.dispatch(batch.num_reqs, batch.num_reqs, 1, num_active_loras=0)
+    def graph(self, count: int) -> Any:
+        """The CUDA graph that takes the decode steps of so many sequences; None where there is none."""
+        found = self.runner.cudagraph_manager.dispatch(count, count, 1, num_active_loras=0)
         return found if found.cg_mode == CUDAGraphMode.FULL else None
 
     @torch.inference_mode()
     def take(self, first: AsyncModelRunnerOutput, batch: InputBatch, graph: Any, steps: int) -> BurstTokens:
         """Draw so many tokens after the first for each sequence of a batch, whose blocks have room for them."""
-        drawn = [self._step(batch, graph) for _ in range(steps)]
+        drawn = [self._step(batch, graph, count, count < steps) for count in range(1, steps + 1)]
         tokens = torch.cat([output.sampled_token_ids for output in drawn], 1)
         logprobs = torch.cat([output.logprobs_tensors.logprobs[:, :1] for output in drawn], 1)
         ranks = torch.stack([output.logprobs_tensors.selected_token_ranks for output in drawn], 1)
         return BurstTokens(first, (tokens, logprobs, ranks), self.runner)
 
-    def _step(self, batch: InputBatch, graph: Any) -> Any:
-        """One token for each sequence, all of it on the GPU: what vLLM's sampler gives."""
+    def _step(self, batch: InputBatch, graph: Any, count: int, stays: bool) -> Any:
+        """One token for each sequence, all of it on the GPU: what vLLM's sampler gives. count, stays: see `Pending`."""
         runner, states, buffers = self.runner, self.runner.req_states, self.runner.input_buffers
         rows = batch.idx_mapping, batch.query_start_loc
         prepare_pos_seq_lens(*rows, states.num_computed_tokens.gpu, buffers.positions, buffers.seq_lens)
@@ -104,6 +104,7 @@ class DecodeSteps:
         runner.model_state.prepare_attn(
             batch, CUDAGraphMode.FULL, blocks, slots, self.length_dependent, runner.kv_cache_config
         )
+        self.pending.come(count, stays)
         hidden = runner.cudagraph_manager.run_fullgraph(graph)
         output, sampled, rejected = runner.sample(hidden, batch, None)
         runner.postprocess_sampled(

@@ -23,8 +23,8 @@ from deltarl.rollout.vllm_weights import FusedLinear, HeadsUp, RMSNorm, RowLinea
 class DeltaAttention(nn.Module):
     """What KDA and GDN share over vLLM's state cache; the update of the states is `deltarl.kernels`'."""
 
-    def __init__(self, config, states: LayerStates, place: int, gates: list[int]) -> None:
-        """gates: rows of the projections that `self.gates` is given, after q, k and v."""
+    def __init__(self, config, states: LayerStates, place: int, gates: list[int], decays: int) -> None:
+        """gates: rows of the projections that `self.gates` is given, after q, k and v. decays: for each head."""
         super().__init__()
         self.states, self.place = states, place
         linear, hidden = config.linear_attn_config, config.hidden_size
@@ -40,6 +40,7 @@ class DeltaAttention(nn.Module):
         self.A_log = parameter(torch.empty(self.heads, dtype=torch.float32), cut=0)
         self.o_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.o_proj = RowLinear(self.size, hidden)
+        self.pending = states.room(self.heads, 2 * self.head_dim + decays)
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
         """x [tokens, hidden] -> [tokens, hidden], the batch's sequences one after another."""
@@ -88,6 +89,7 @@ class DeltaAttention(nn.Module):
             norm_weight=self.o_norm.weight,
             norm_gate=gate,
             norm_eps=self.o_norm.eps,
+            pending=self.pending,
         )
 
     def prefill(
@@ -143,7 +145,7 @@ class KimiDeltaAttention(DeltaAttention):
 
     def __init__(self, config, states: LayerStates, place: int) -> None:
         rank = config.linear_attn_config["head_dim"]
-        super().__init__(config, states, place, [2 * rank])
+        super().__init__(config, states, place, [2 * rank], decays=rank)
         self.f_a_proj, self.g_a_proj = (Weight(block) for block in self.in_proj.blocks()[1].chunk(2))
         self.low_rank_up = torch.empty(2, self.size, rank)
         self.f_b_proj, self.g_b_proj = (Weight(matrix, cut=0) for matrix in self.low_rank_up)
@@ -162,7 +164,7 @@ class GatedDeltaNet(DeltaAttention):
 
     def __init__(self, config, states: LayerStates, place: int) -> None:
         rank = config.linear_attn_config["head_dim"]
-        super().__init__(config, states, place, [local_heads(config), rank])
+        super().__init__(config, states, place, [local_heads(config), rank], decays=1)
         _, decay, low_rank, _ = self.in_proj.blocks()
         self.a_proj, self.g_a_proj = Weight(decay, cut=0), Weight(low_rank)
         self.g_b_proj = Weight(torch.empty(self.size, rank), cut=0)

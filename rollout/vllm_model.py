@@ -10,7 +10,7 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 
 from deltarl.rollout.vllm_ffn import DenseFFN, MoEFFN
 from deltarl.rollout.vllm_layers import GatedDeltaNet, KimiDeltaAttention, LatentAttention, rotations
-from deltarl.rollout.vllm_states import LayerStates, state_groups
+from deltarl.rollout.vllm_states import LayerStates, pending_place, state_groups
 from deltarl.rollout.vllm_weights import Embedding, Head, RMSNorm
 
 
@@ -43,8 +43,9 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         linear = GatedDeltaNet if config.linear_attn_config.get("gdn_layers") else KimiDeltaAttention
         attention: dict[int, nn.Module] = {}
+        pending = pending_place(vllm_config)
         for group in state_groups(config):  # vLLM wants one number in a cached layer's name
-            states = LayerStates(config, vllm_config, f"{prefix}.layers.{group[0]}.states")
+            states = LayerStates(config, vllm_config, f"{prefix}.layers.{group[0]}.states", pending)
             attention |= {index: linear(config, states, place) for place, index in enumerate(group)}
         for index in range(config.num_hidden_layers):
             if index not in attention:

@@ -20,6 +20,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, mamba_get_block_table_tensor
 
+from deltarl.kernels import Pending
+
+PENDING = "pending_tokens"
+"""Of vLLM's additional_config: how many tokens of a sequence the states may lack between two steps of a burst."""
+
 PADDING = -1
 """The slot that the decode kernels of `deltarl.kernels` pass over."""
 
@@ -128,12 +133,14 @@ class LayerStates(MambaBase):
     vLLM's scheduler does its bookkeeping per sequence and group of layers, and its groups are as large as the smallest
     kind of layer is frequent: with as many of these as there are attention layers, there are two groups in all.
     Layer i of n owns heads [i·H, (i+1)·H) of n·H.
+
+    place: int32 [2] on the device, that of `Pending`, one for all; None where every step writes the states.
     """
 
-    def __init__(self, config, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, config, vllm_config: VllmConfig, prefix: str, place: torch.Tensor | None = None) -> None:
         if vllm_config.cache_config.enable_prefix_caching:
             raise ValueError("states of linear attention are kept at a sequence's end only: leave prefix caching off")
-        self.config, self.vllm_config, self.prefix = config, vllm_config, prefix
+        self.config, self.vllm_config, self.prefix, self.place = config, vllm_config, prefix, place
         self.kv_cache: tuple[torch.Tensor, ...] = ()
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
@@ -174,6 +181,18 @@ class LayerStates(MambaBase):
         conv, state = self.kv_cache
         conv = conv if is_conv_state_dim_first() else conv.transpose(-1, -2)
         return conv[:, place * size : (place + 1) * size], state[:, place * heads : (place + 1) * heads]
+
+    def room(self, heads: int, width: int) -> Pending | None:
+        """For the tokens, of `width` numbers a head, that the states of a layer do not have yet."""
+        if self.place is None:
+            return None
+        rows, most = self.vllm_config.scheduler_config.max_num_seqs, self.vllm_config.additional_config[PENDING]
+        return Pending(torch.empty(rows, heads, most, width, dtype=torch.float32), self.place)
+
+
+def pending_place(vllm_config: VllmConfig) -> torch.Tensor | None:
+    """`place` for the states of a model that is being made."""
+    return torch.zeros(2, dtype=torch.int32) if vllm_config.additional_config.get(PENDING) else None
 
 
 def linear_layers(config) -> list[int]:

@@ -61,6 +61,7 @@ def kda_decode_(
         and {q.shape[-1], v.shape[-1]} <= {32, 64, 128, 256}
         and state.dtype == torch.float32
         and state[:1].is_contiguous()
+        and (options.get("pending") is None or options["pending"].tokens.is_contiguous())
     )
     return (kda_decode_triton if proven else kda_decode_torch)(q, k, v, g, beta, state, slots, **options)
 

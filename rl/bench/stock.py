@@ -6,6 +6,7 @@ train a Kimi Linear model with vLLM, so the job's `model.path` is some other cau
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def in_a_process(side: str, args: argparse.Namespace) -> dict[str, Any]:
     for override in args.set:
         command += ["--set", override]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}  # as TRL's vLLM starts processes that see the working folder
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit, env=environment)
     except subprocess.TimeoutExpired as error:
         said = last_line((error.stderr or b"").decode(errors="replace"))
         return {"failed": f"not done after {args.limit} s" + (f"; said last: {said}" if said else "")}

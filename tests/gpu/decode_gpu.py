@@ -9,11 +9,12 @@ import itertools
 import multiprocessing
 import sys
 import traceback
+from functools import partial
 
 import torch
 import triton
 
-from deltarl.kernels import kda_reference
+from deltarl.kernels import Pending, kda_reference
 from deltarl.kernels.fused import operators
 
 # o is rounded to its dtype: a half of 2^-8, 2^-11, 2^-24. The states are fp32, whatever the inputs are.
@@ -89,6 +90,38 @@ def against_fp64(x: dict, norm: bool = False, **options) -> str:
     return line
 
 
+def burst(key: int, value: int, norm: bool, width: int | None = None) -> str:
+    """Eight tokens in a row, the states written with the last: against fp64, and the same twice."""
+    length, count, heads = 8, 40, 4
+    steps = [inputs(count + i, heads, key, value, width=width) for i in range(length)]
+    steps = [{name: t[:count] if t.ndim > 1 else t for name, t in step.items()} for step in steps]
+    extra = norm_of(steps[0]) if norm else {}
+    pool, slots = draw(6, 2 * count, heads, key, value), torch.randperm(2 * count, device="cuda")[:count].int()
+    slots[7], real = -1, torch.arange(count, device="cuda") != 7
+    before, final, found = pool.clone(), pool[slots.long()], []
+    for _ in range(2):
+        pool.copy_(before)
+        tokens = torch.full((count, heads, length - 1, key + (width or key) + value), torch.nan, device="cuda")
+        outputs = []
+        for i, step in enumerate(steps):
+            assert torch.equal(pool, before), "states were written before the last token"
+            place = torch.tensor([i, i < length - 1], dtype=torch.int32, device="cuda")
+            pending = Pending(tokens, place)
+            outputs.append(operators.kda_decode_(**step, **extra, state=pool, slots=slots, pending=pending))
+        found.append((torch.stack(outputs), pool.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "not the same twice"
+    errors = []
+    for step, o in zip(steps, outputs, strict=True):
+        wanted, final = expected(step, final, extra)
+        errors.append(distance(o[real], wanted[real]))
+        assert not o[7].any(), "padding has an output"
+    line = f"o {max(errors):.1e} state {distance(pool[slots.long()][real], final[real]):.1e}"
+    assert max(errors) <= LIMITS[torch.bfloat16] and distance(pool[slots.long()][real], final[real]) <= STATE_LIMIT, (
+        line
+    )
+    return line
+
+
 def graph() -> str:
     """Five replays with other inputs and slots each, some of them padding, beside calls without a graph."""
     x, heads = inputs(40, 32, 128, 128), 32
@@ -149,6 +182,10 @@ def cases() -> dict:
         table[f"{width or 'K'} decays a head, {shared} heads of v to one of q"] = ((300, 4, 128, 128), kind, {})
         table[f"the same, 3 sequences, K=V=64, norm: {width}, {shared}"] = ((3, 4, 64, 64), kind, {"norm": True})
     table["no l2-norm, scale 0.3"] = ((3, 4, 128, 128), {}, {"use_qk_l2norm": False, "scale": 0.3})
+    for key, value in ((128, 128), (64, 32), (256, 256)):
+        for norm, width in ((False, None), (True, None), (True, 1)):
+            name = f"8 tokens in a row, K={key} V={value}{', norm' if norm else ''}, {width or 'K'} decays a head"
+            table[name] = partial(burst, key, value, norm, width)
     table["1 sequence of 1 head"] = ((1, 1, 128, 128), {}, {})
     table["no sequence"] = lambda: str(tuple(operators.kda_decode_(
         **{n: t[:0] if t.ndim > 1 else t for n, t in inputs(1, 2, 64, 64).items()},

@@ -6,7 +6,8 @@ Each arm runs in a process of its own, and a failed or late one does not stop th
 log folder as they come, what vLLM says to ARM.log. --at-once: all arms beside each other, whose speeds say little then.
 DELTARL_VLLM_MODEL=vllm has vLLM's own class serve.
 
-"same seeds same tokens": of two draws; "step by step": of a third without bursts of several steps.
+"same seeds same tokens": of two draws; "step by step": of a third without bursts of several steps, whose states are
+written with each token and so rounded otherwise (in fp32), and how far logprobs differ until a trace's tokens do.
 The floor is the distance between the trainer's model in bf16 and in fp32 on the same tokens: what bf16 alone costs.
 """
 
@@ -140,7 +141,8 @@ def run(arm: str, tokens: int, ranks: int) -> Iterator[Row]:
     if ranks == 1:
         worker.llm.llm_engine.engine_core.engine_core.scheduler.longest_burst = 1
         outputs.append(worker.generate(many, sampled, seeds=list(range(SEQUENCES))))
-        note += f", step by step {same(outputs[0], outputs[2]):.0%}"
+        apart = logprobs_apart(outputs[0], outputs[2])
+        note += f", step by step {same(outputs[0], outputs[2]):.0%}, logprobs {apart:.1e} apart"
     yield compare(arm, "sampled", exact(), outputs[0][:16], note)
     worker.close()
 
@@ -148,6 +150,17 @@ def run(arm: str, tokens: int, ranks: int) -> Iterator[Row]:
 def same(some: list[Trace], others: list[Trace]) -> float:
     """The share of traces with equal tokens."""
     return sum(a.completion_ids == b.completion_ids for a, b in zip(some, others, strict=True)) / len(some)
+
+
+def logprobs_apart(some: list[Trace], others: list[Trace]) -> float:
+    """The mean distance of logprobs of the tokens before two traces part."""
+    apart = []
+    for a, b in zip(some, others, strict=True):
+        for place in range(len(a.completion_ids)):
+            if a.completion_ids[place] != b.completion_ids[place]:
+                break
+            apart.append(abs(a.logprobs[place] - b.logprobs[place]))
+    return sum(apart) / max(1, len(apart))
 
 
 HEAD = "arm      weights    greedy=argmax(fp32)  mean gap  max gap  bf16 floor  notes"

@@ -7,7 +7,7 @@ compute-sanitizer --tool racecheck python tests/gpu/small_shapes.py
 import torch
 from kernels_gpu import inputs
 
-from deltarl.kernels import add_rms_norm_, causal_conv1d, gated_rms_norm, gdn_chunk, kda_chunk, kda_decode_
+from deltarl.kernels import Pending, add_rms_norm_, causal_conv1d, gated_rms_norm, gdn_chunk, kda_chunk, kda_decode_
 
 SHAPES = (
     # K, V, tokens, heads, options
@@ -39,7 +39,12 @@ def main() -> None:
         add_rms_norm_(rows[0, :, 0], weight, eps=1e-5, residual=torch.randn(70, 128, device="cuda"))
     token = {name: t[0] if t.ndim > 2 else t for name, t in inputs(1, 5, 2).items()}
     slots = torch.tensor([3, 1, 0, -1, 7], device="cuda")
-    kda_decode_(**token, state=torch.randn(8, 2, 128, 128, device="cuda"), slots=slots)
+    state = torch.randn(8, 2, 128, 128, device="cuda")
+    kda_decode_(**token, state=state, slots=slots)
+    tokens = torch.empty(5, 2, 2, 3 * 128, device="cuda")
+    for count, stays in ((0, 1), (1, 1), (2, 0)):
+        place = torch.tensor([count, stays], dtype=torch.int32, device="cuda")
+        kda_decode_(**token, state=state, slots=slots, pending=Pending(tokens, place))
     torch.cuda.synchronize()
     print("done")
 

@@ -125,10 +125,12 @@ def test_later_inputs_change_nothing_before_and_nan_stays_in_its_sequence():
 
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
-def test_decoding_matches_torch_in_both_layouts_of_the_pool(width, layout):
-    x, weight = torch.randn(3, 40)[:, :24], torch.randn(24, width)
-    pool = torch.randn(5, 24, width - 1) if layout == "channels first" else torch.randn(5, width - 1, 24).mT
-    expected_pool, slots = pool.clone(), torch.tensor([3, -1, 0])
+@pytest.mark.parametrize("count", [3, 65])
+def test_decoding_matches_torch_in_both_layouts_of_the_pool(width, layout, count):
+    x, weight = torch.randn(count, 40)[:, :24], torch.randn(24, width)
+    pool = torch.randn(80, 24, width - 1) if layout == "channels first" else torch.randn(80, width - 1, 24).mT
+    expected_pool, slots = pool.clone(), torch.randperm(80)[:count]
+    slots[1] = -1
     y = causal_conv1d_decode_(x, weight, pool, slots)
     expected = in_torch.causal_conv1d_decode_(x, weight, expected_pool, slots)
     assert close(y, expected, RATIO) and not y[1].any()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kda_inputs import raw_inputs, rms_ratio
 
+from deltarl.kernels import Pending
 from deltarl.kernels.fused.decode import kda_decode_
 from deltarl.kernels.recurrent import kda_decode_ as kda_decode_torch
 
@@ -64,3 +65,30 @@ def test_the_norm_of_the_output():
 
 def test_padding_writes_nothing_and_is_zero():
     assert not both(one_token(), torch.tensor([-1, 0, -1]))[[0, 2]].any()
+
+
+@pytest.mark.parametrize("width", [1, 32])
+@pytest.mark.parametrize("normed", [False, True])
+def test_tokens_pending_and_taken_in(width, normed):
+    """Three tokens in a row, padding among them; the state is written with the last."""
+    most, value, slots = 3, 128, torch.tensor([4, -1, 2])
+    pool = torch.randn(6, 4, 32, value)
+    before, twin = pool.clone(), pool.clone()
+    pair = [
+        Pending(torch.full((3, 4, most, 32 + width + value), torch.nan), torch.zeros(2, dtype=torch.int32))
+        for _ in range(2)
+    ]
+    options = {"norm_weight": torch.randn(value), "norm_gate": torch.randn(3, 4, value)} if normed else {}
+    inputs = one_token(32, value, width)
+    for number in range(3):
+        for pending in pair:
+            pending.place.copy_(torch.tensor([number, number < 2]))
+        assert torch.equal(pool, before)
+        moved = inputs | {name: inputs[name].roll(number, 0) for name in ("q", "k", "v", "g", "beta")}
+        o = kda_decode_(**moved, state=pool, slots=slots, pending=pair[0], **options)
+        expected = kda_decode_torch(**moved, state=twin, slots=slots, pending=pair[1], **options)
+        assert rms_ratio(o, expected) <= RATIO and not o[1].any()
+    real = [0, 2]
+    assert rms_ratio(pool, twin) <= RATIO and torch.equal(pool[[0, 1, 3, 5]], before[[0, 1, 3, 5]])
+    assert rms_ratio(pair[0].tokens[real][:, :, :2], pair[1].tokens[real][:, :, :2]) <= RATIO
+    assert pair[0].tokens[1].isnan().all() and pair[0].tokens[:, :, 2].isnan().all()

@@ -125,12 +125,7 @@ def first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def decode(count: int, heads: int, graph: bool, implementation: str, device: str) -> Built:
     """One token for each of `count` sequences, the fp32 states in a pool that they fill."""
-    step = operator("kda_decode_", implementation)
-    inputs = raw_inputs(Shape(batch=count, heads=heads), device, decays=128)
-    inputs = {name: x[:, 0] if x.ndim > 2 else x for name, x in inputs.items()}
-    state, slots = states(count, heads, device, scattered=implementation != "fla")
-    moved = 2 * state.nbytes + inputs["v"].nbytes + sum(x.nbytes for x in inputs.values())
-    call = partial(step, **inputs, state=state, slots=slots)
+    call, state, moved = one_token(count, heads, implementation, device)
     eager = partial(as_tuple, call)
     if not graph:
         return Built(eager, moved)
@@ -138,6 +133,32 @@ def decode(count: int, heads: int, graph: bool, implementation: str, device: str
     replay = in_a_graph(call)
     state.copy_(before)
     return Built(partial(as_tuple, replay), moved, eager)
+
+
+def one_token(count: int, heads: int, implementation: str, device: str) -> tuple[Callable[..., Tensor], Tensor, int]:
+    """A step of decoding, the states that it is about, and the bytes that it reads and writes."""
+    step = operator("kda_decode_", implementation)
+    inputs = raw_inputs(Shape(batch=count, heads=heads), device, decays=128)
+    inputs = {name: x[:, 0] if x.ndim > 2 else x for name, x in inputs.items()}
+    state, slots = states(count, heads, device, scattered=implementation != "fla")
+    moved = 2 * state.nbytes + inputs["v"].nbytes + sum(x.nbytes for x in inputs.values())
+    return partial(step, **inputs, state=state, slots=slots), state, moved
+
+
+def decode_burst(count: int, heads: int, length: int, implementation: str, device: str) -> Built:
+    """`length` tokens in a row for each of `count` sequences in one graph; ours write the states with the last."""
+    call, state, moved = one_token(count, heads, implementation, device)
+    calls = [call] * length
+    if implementation == "ours":
+        tokens = torch.empty(count, heads, length - 1, 3 * 128, device=device)
+        places = [[before, before < length - 1] for before in range(length)]
+        places = torch.tensor(places, dtype=torch.int32, device=device)
+        calls = [partial(call, pending=kernels.Pending(tokens, place)) for place in places]
+    before = state.clone()
+    replay = in_a_graph(lambda: [call() for call in calls][-1])
+    state.copy_(before)
+    written = 1 if implementation == "ours" else length
+    return Built(partial(as_tuple, replay), length * (moved - state.nbytes) + written * state.nbytes)
 
 
 def states(count: int, heads: int, device: str, *, scattered: bool) -> tuple[Tensor, Tensor]:
@@ -221,5 +242,9 @@ CASES: tuple[Case, ...] = (
         Case(f"decode/n{count}-h32/{how}", f"kda_decode_, {how}", partial(decode, count, 32, graph))
         for count in (1, 64, 256, 1024)
         for how, graph in {"eager": False, "graph": True}.items()
+    ),
+    *(
+        Case(f"decode/n{count}-h32/8-tokens", "kda_decode_, 8 in a row, graph", partial(decode_burst, count, 32, 8))
+        for count in (64, 256, 1024)
     ),
 )

@@ -32,6 +32,7 @@ SHAPES = (
     "norm/b1-t32768-h16/backward",
     "decode/n1-h32/eager",
     "decode/n256-h32/eager",
+    "decode/n256-h32/8-tokens",
 )
 KERNELS = {"decode_normed": ["decode_kernel"], "ranges": ["largest_kernel"]}  # others: NAME_kernel
 WHERE = {"decode": "decode/*", "decode_normed": "decode/none"}  # the shapes an entry is for, where not all

@@ -34,7 +34,7 @@ CONFIGS = {
     "gradients": Config(block=32, num_warps=4, num_stages=1, registers=168),
     "decode": Config(block=64, num_warps=4, num_stages=1),
     "decode_normed": Config(block=128, num_warps=8, num_stages=1),
-    "decode_pending": Config(block=128, num_warps=8, num_stages=1, registers=128),
+    "decode_pending": Config(block=8, num_warps=2, num_stages=4),
     "ranges": Config(block=0, num_warps=4, num_stages=1),
     "gdn_prepare": Config(block=128, num_warps=4, num_stages=1),
     "gdn_pair_gradients": Config(block=64, num_warps=4, num_stages=1),

@@ -2,8 +2,7 @@
 
 S = Diag(exp g) S        new = beta (v - S^T k)        S = S + k new^T        o = S^T q * scale
 
-What S^T k and S^T q need is summed in one pass over the decayed state: S_new^T q = S^T q + (k.q) new. With tokens
-pending (`deltarl.kernels.pending`) the state is the one before them, its decay that of all, and their part is added.
+What S^T k and S^T q need is summed in one pass over the decayed state: S_new^T q = S^T q + (k.q) new.
 """
 
 import torch
@@ -12,35 +11,26 @@ import triton.language as tl
 from torch import Tensor
 
 from deltarl.kernels.fused.configs import CONFIGS
+from deltarl.kernels.fused.decode_pending import decode_pending_kernel
+from deltarl.kernels.fused.rows import row_of, total
 from deltarl.kernels.fused.tiles import L2_EPS, gated
 from deltarl.kernels.inputs import check_arguments, check_decoding
 from deltarl.kernels.pending import Pending
 
 
-@triton.jit
-def row_of(x, D: tl.constexpr):
-    """[1, D] in fp32: in this shape a warp works on each element once, in that of a column of a state 32 times."""
-    return tl.load(x + tl.arange(0, D)[None, :]).to(tl.float32)
-
-
-@triton.jit
-def total(x):
-    return tl.sum(tl.sum(x, 1), 0)
-
-
 @triton.jit(do_not_specialize=["H"])
 def decode_kernel(
-    q, k, v, g, beta, A_log, dt_bias, state, slots, norm_weight, norm_gate, pending, place, o,
+    q, k, v, g, beta, A_log, dt_bias, state, slots, norm_weight, norm_gate, o,
     q_stride, k_stride, v_stride, g_stride, beta_stride, slot_stride, gate_stride, scale, bound, norm_eps,
     H, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STEPS: tl.constexpr,
     STAGES: tl.constexpr, WIDTH: tl.constexpr, RAW: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr,
-    L2NORM: tl.constexpr, NORM: tl.constexpr, MOST: tl.constexpr, PAST: tl.constexpr,
+    L2NORM: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """One program for STEPS blocks of BV columns of the state of one head of one sequence, the blocks to come being
-    loaded while one is worked on; g has WIDTH (K or 1) decays a head. MOST: pending tokens at most, PAST: that as a
-    power of two. The program of a head's first columns keeps their keys and decays."""
+    loaded while one is worked on; g has WIDTH (K or 1) decays a head."""
     PARTS: tl.constexpr = V // (BV * STEPS)
-    head, sequence = tl.program_id(0) // PARTS % H, (tl.program_id(0) // (PARTS * H)).to(tl.int64)
+    place = tl.program_id(0) // PARTS
+    head, sequence = place % H, (place // H).to(tl.int64)
     first = tl.program_id(0) % PARTS * (BV * STEPS)
     channel, column = tl.arange(0, K), tl.arange(0, BV)
     columns = tl.arange(0, STEPS)[:, None] * BV + column[None, :]
@@ -67,21 +57,6 @@ def decode_kernel(
         b_q *= 1.0 / tl.sqrt(total(b_q * b_q) + L2_EPS)
         b_k *= 1.0 / tl.sqrt(total(b_k * b_k) + L2_EPS)
     match = total(b_k * b_q)
-    if PAST:
-        TOKEN: tl.constexpr = K + WIDTH + V
-        count, stays = tl.load(place), tl.load(place + 1) != 0
-        pending += (sequence * H + head) * (MOST * TOKEN)
-        next_token = pending + count * TOKEN
-        there = (tl.arange(0, PAST) < count)[:, None]
-        past = pending + tl.arange(0, PAST)[:, None] * TOKEN
-        before = next_token - TOKEN + K + tl.arange(0, WIDTH)[None, :]
-        b_g += tl.load(before, mask=(tl.arange(0, WIDTH) < count * WIDTH)[None, :], other=0.0)
-        since = tl.exp(b_g - tl.load(past + K + tl.arange(0, WIDTH)[None, :], mask=there, other=0.0))
-        faded = since * tl.load(past + tl.arange(0, K)[None, :], mask=there, other=0.0)  # [PAST, K]
-        by_writer, by_reader = tl.sum(faded * b_k, 1)[:, None], tl.sum(faded * b_q, 1)[:, None]
-        if stays & (first == 0):
-            tl.store(next_token + tl.arange(0, K)[None, :], b_k)
-            tl.store(next_token + K + tl.arange(0, WIDTH)[None, :], b_g)
     row_decay = tl.exp(b_g)
     writer, reader = tl.sum(b_k * row_decay, 0)[:, None], tl.sum(b_q * row_decay, 0)[:, None]
     key, decay = tl.sum(b_k, 0)[:, None], tl.sum(row_decay, 0)[:, None]
@@ -91,25 +66,8 @@ def decode_kernel(
         if STEPS > 1:
             b_state = tl.load(corner + step * BV)  # [K, BV]
         recalled, answered = tl.split(tl.sum(tl.join(b_state * writer, b_state * reader), 0))
-        if PAST:
-            news = past + K + WIDTH + first + step * BV + column[None, :]
-            b_news = tl.load(news, mask=there, other=0.0)
-            recalled += tl.sum(by_writer * b_news, 0)
-            answered += tl.sum(by_reader * b_news, 0)
         new = b_beta * (tl.load(v + step * BV).to(tl.float32) - recalled)
-        b_state = b_state * decay + key * new[None, :]
-        if PAST:
-            if stays:
-                tl.store(next_token + K + WIDTH + first + step * BV + column, new)
-            else:
-                for token in tl.range(0, count):
-                    earlier = pending + token * TOKEN
-                    b_since = tl.exp(tl.sum(b_g - tl.load(earlier + K + tl.arange(0, WIDTH))[None, :], 0))
-                    b_earlier = (tl.load(earlier + channel) * b_since)[:, None]
-                    b_state += b_earlier * tl.load(earlier + K + WIDTH + first + step * BV + column)[None, :]
-                tl.store(corner + step * BV, b_state)
-        else:
-            tl.store(corner + step * BV, b_state)
+        tl.store(corner + step * BV, b_state * decay + key * new[None, :])
         b_o = tl.where(tl.arange(0, STEPS)[:, None] == step, ((answered + match * new) * scale)[None, :], b_o)
     if NORM:
         b_o *= 1.0 / tl.sqrt(total(b_o * b_o) / V + norm_eps) * tl.load(norm_weight + columns).to(tl.float32)
@@ -151,21 +109,29 @@ def kda_decode_(
     if not count * heads:
         return o
     q, k, v, g, beta = (rows(x) for x in (q, k, v, g, beta))
-    tokens, place = (None, None) if pending is None else pending
-    most = 0 if pending is None else tokens.shape[2]
     normed = norm_weight is not None
     norm_gate = rows(norm_gate) if normed else None
+    tensors = q, k, v, g, beta, A_log, dt_bias, state, slots, norm_weight, norm_gate
+    numbers = (
+        *(x.stride(0) for x in (q, k, v, g, beta, state)), norm_gate.stride(0) if normed else 0,
+        key**-0.5 if scale is None else scale, gate_lower_bound, norm_eps, heads,
+    )  # fmt: skip
+    options = {
+        "SHARED": heads // q.shape[1], "K": key, "V": width, "WIDTH": g.shape[-1], "RAW": A_log is not None,
+        "BIAS": dt_bias is not None, "BOUNDED": gate_lower_bound is not None, "L2NORM": use_qk_l2norm, "NORM": normed,
+    }  # fmt: skip
+    if pending is not None:
+        most, config = pending.tokens.shape[2], CONFIGS["decode_pending"]
+        decode_pending_kernel[(count * heads,)](
+            *tensors, *pending, o, *numbers, **options, MOST=most, PAST=triton.next_power_of_2(most),
+            BK=min(key, config.block), STAGES=config.num_stages, num_warps=config.num_warps,
+        )  # fmt: skip
+        return o
     # The output's norm needs a whole head in one program; without it, programs of a few columns are a little faster.
-    config = CONFIGS["decode" if not normed else "decode_normed" if pending is None else "decode_pending"]
+    config = CONFIGS["decode_normed" if normed else "decode"]
     block = min(width, config.block)
     steps = width // block if normed else 1
     decode_kernel[(count * heads * (width // (block * steps)),)](
-        q, k, v, g, beta, A_log, dt_bias, state, slots, norm_weight, norm_gate, tokens, place, o,
-        *(x.stride(0) for x in (q, k, v, g, beta, state)), norm_gate.stride(0) if normed else 0,
-        key**-0.5 if scale is None else scale, gate_lower_bound, norm_eps,
-        H=heads, SHARED=heads // q.shape[1], K=key, V=width, BV=block, STEPS=steps, STAGES=config.num_stages,
-        WIDTH=g.shape[-1], RAW=A_log is not None, BIAS=dt_bias is not None, BOUNDED=gate_lower_bound is not None,
-        L2NORM=use_qk_l2norm, NORM=normed, MOST=most, PAST=triton.next_power_of_2(most) if most else 0,
-        **config.launch(),
+        *tensors, o, *numbers, **options, BV=block, STEPS=steps, STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     return o

@@ -67,9 +67,10 @@ def test_padding_writes_nothing_and_is_zero():
     assert not both(one_token(), torch.tensor([-1, 0, -1]))[[0, 2]].any()
 
 
+@pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("width", [1, 32])
 @pytest.mark.parametrize("normed", [False, True])
-def test_tokens_pending_and_taken_in(width, normed):
+def test_tokens_pending_and_taken_in(width, normed, raw):
     """Three tokens in a row, padding among them; the state is written with the last."""
     most, value, slots = 3, 128, torch.tensor([4, -1, 2])
     pool = torch.randn(6, 4, 32, value)
@@ -80,6 +81,9 @@ def test_tokens_pending_and_taken_in(width, normed):
     ]
     options = {"norm_weight": torch.randn(value), "norm_gate": torch.randn(3, 4, value)} if normed else {}
     inputs = one_token(32, value, width)
+    if not raw:
+        del inputs["A_log"], inputs["dt_bias"]
+        inputs["g"], inputs["beta"] = -inputs["g"].abs(), inputs["beta"].sigmoid()
     for number in range(3):
         for pending in pair:
             pending.place.copy_(torch.tensor([number, number < 2]))

@@ -154,11 +154,16 @@ def decode_burst(count: int, heads: int, length: int, implementation: str, devic
         places = [[before, before < length - 1] for before in range(length)]
         places = torch.tensor(places, dtype=torch.int32, device=device)
         calls = [partial(call, pending=kernels.Pending(tokens, place)) for place in places]
+
+    def in_a_row() -> Tensor:
+        return [call() for call in calls][-1]
+
     before = state.clone()
-    replay = in_a_graph(lambda: [call() for call in calls][-1])
+    replay = in_a_graph(in_a_row)
     state.copy_(before)
     written = 1 if implementation == "ours" else length
-    return Built(partial(as_tuple, replay), length * (moved - state.nbytes) + written * state.nbytes)
+    moved = length * (moved - state.nbytes) + written * state.nbytes
+    return Built(partial(as_tuple, replay), moved, partial(as_tuple, in_a_row))
 
 
 def states(count: int, heads: int, device: str, *, scattered: bool) -> tuple[Tensor, Tensor]:

@@ -171,7 +171,7 @@ def profile(shapes: list[str]) -> None:
     for shape in shapes:
         built = build(shape)
         if built is not None:
-            print(json.dumps({"shape": shape, "kernels": kernel_seconds(built.work)}), flush=True)
+            print(json.dumps({"shape": shape, "kernels": kernel_seconds(built.eager or built.work)}), flush=True)
 
 
 def check(entry: str, shape: str, config: dict[str, int]) -> None:
@@ -188,10 +188,10 @@ def time_all(entry: str, kernels: list[str], shape: str, configs: list[dict[str,
     """Step: the seconds of the entry's kernels in each configuration."""
     from deltarl.rl.bench.kernels.gpu import kernel_seconds
 
-    work = build(shape).work
+    built = build(shape)
     for config in configs:
         configure(entry, config)
-        seconds = sum(time for name, time in kernel_seconds(work).items() if name in kernels)
+        seconds = sum(time for name, time in kernel_seconds(built.eager or built.work).items() if name in kernels)
         print(json.dumps({"config": config, "seconds": seconds}), flush=True)
 
 

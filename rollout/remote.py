@@ -23,8 +23,8 @@ class RemoteWorker(RolloutWorker):
     process that ends or hangs is replaced: it is given the current weights and all requests that have not ended, which
     are drawn again from their start, or from where their `begun` trace ends. So nothing is lost, and nothing counted
     twice, for of a request that has not ended nobody has seen a token. Equal seeds give equal tokens: as long as the
-    weights are the same, a completion is the one that it would have been (on a GPU up to rounding, which depends on what
-    else is drawn).
+    weights are the same, a completion is the one that it would have been (on a GPU up to rounding, which depends on
+    what else is drawn).
 
     A new process gets its weights from the copy that `keep_weights` has made, or else from `weights`. Without either,
     `sync_weights` must be called after a loss, and calls before it raise WeightSyncError, unless no weights were synced

@@ -38,6 +38,16 @@ def open_processes() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
+def leave_together() -> None:
+    """The last thing that the processes of `open_processes` do with one another.
+
+    A thread of gloo's lets go of a collective's tensors after the call has returned, for which it needs the
+    interpreter; a process that is already ending is aborted by that. While it waits here, the thread gets it.
+    """
+    if processes() > 1:
+        dist.barrier()
+
+
 def local_device() -> torch.device:
     """The device of this process."""
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")

@@ -38,7 +38,7 @@ from deltarl.rl.recording import Recorded
 from deltarl.rl.report import write_report
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.sft import warm_up
-from deltarl.rl.sharding import from_main, is_main, local_device, open_processes, processes, shard
+from deltarl.rl.sharding import from_main, is_main, leave_together, local_device, open_processes, processes, shard
 from deltarl.rl.stage import RLStage
 from deltarl.rl.trainer import RLTrainer, updates_per_step
 from deltarl.rollout import EngineError, RolloutWorker
@@ -61,9 +61,13 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
     """
     check_engine(job)
     open_processes()
+    if sft_only and processes() > 1:
+        raise UserError("deltarl sft is for one process: start it without torchrun or accelerate launch")
     check_learner(job)
     if not is_main():
-        return follow(job)
+        followed = follow(job)
+        leave_together()
+        return followed
     with StopRequest() as stop, open_host(job) as host:
         data = load_data(job, host)
         for stage in ("sft", "rl", "window"):
@@ -90,6 +94,7 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
         finally:
             folder.metrics.close()
         say(f"report: {write_report(folder.path)}")
+    leave_together()
     return folder.path
 
 
@@ -183,6 +188,11 @@ def check_learner(job: Job) -> None:
         check_adapters()
     if processes() > 1 and job.rl.optimizer == "adamw_8bit":
         raise UserError("rl.optimizer = adamw_8bit is for one process: use adamw or muon with several")
+    if processes() > 1 and (job.rollout.engine, job.rollout.placement) == ("vllm", "colocated"):
+        raise UserError(
+            "rollout.placement = colocated is for one process: with several, vLLM would wait for the others to serve "
+            "with it; set rollout.placement=process"
+        )
 
 
 def follow(job: Job) -> Path:

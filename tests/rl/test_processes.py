@@ -11,6 +11,11 @@ import pytest
 import yaml
 from test_exact_resume import JOB, VERIFIER
 
+from deltarl.rl import train
+from deltarl.rl.errors import UserError
+from deltarl.rl.jobs import Job
+from deltarl.rl.train import check_learner
+
 STEPS = 3
 # float32 sums in another order: relative 1e-5 for what is a sum of many values of both signs.
 CLOSE = 1e-5
@@ -67,13 +72,40 @@ def test_a_run_of_two_processes_goes_on_in_one(folder):
         assert repeated[name] == pytest.approx(expected[name], rel=CLOSE, abs=1e-6), name
 
 
+def test_two_processes_learn_from_an_engine_in_its_own(folder):
+    placed = ("--set", "rollout.engine=vllm", "--set", "rollout.placement=process", "--set", "rl.steps=2")
+    start(folder, "-m", "deltarl", "train", "job.yaml", "--set", "name=vllm", *placed, processes=2)
+    rows = rl_rows(folder / "runs" / "vllm")
+    assert [row["weight_version"] for row in rows] == [0, 1]
+    # Both in float32: what is left is rounding (docs/results/rollout.md).
+    assert all(row["logp_gap_mean"] <= 1e-4 for row in rows)
+
+
+def test_a_colocated_engine_is_refused(monkeypatch):
+    job = Job.model_validate({**JOB, "name": "two", "rollout": {**JOB["rollout"], "engine": "vllm"}})
+    check_learner(job)
+    monkeypatch.setattr(train, "processes", lambda: 2)
+    with pytest.raises(
+        UserError, match=r"rollout.placement = colocated is for one process: .*rollout.placement=process"
+    ):
+        check_learner(job)
+
+
+def test_the_warm_up_alone_is_for_one_process(monkeypatch):
+    job = Job.model_validate({**JOB, "name": "two"})
+    monkeypatch.setattr(train, "processes", lambda: 2)
+    with pytest.raises(UserError, match="deltarl sft is for one process"):
+        train.train(job, sft_only=True)
+
+
 SHARDED = """
     import sys
     import torch
     from types import SimpleNamespace
     from tiny_models import MOE, tiny_model, token_ids
     from deltarl.rl.optimizers import make_optimizer
-    from deltarl.rl.sharding import from_main, open_processes, processes, shard, shares, summed, whole_state
+    from deltarl.rl.sharding import from_main, leave_together, open_processes, processes, shard, shares, summed
+    from deltarl.rl.sharding import whole_state
 
     open_processes()
     model = tiny_model(**MOE)
@@ -94,6 +126,7 @@ SHARDED = """
     state, of_optimizer = whole_state(model), optimizer.state_dict()["state"]
     moments = sum(float(v.abs().sum()) for entry in of_optimizer.values() for v in entry.values() if v.ndim)
     from_main(lambda: print(float(total), sum(float(v.abs().sum()) for v in state.values()), moments))
+    leave_together()
 """
 
 

@@ -151,9 +151,11 @@ def run_train(args: argparse.Namespace, sft_only: bool = False) -> int:
     job = load_job(args.job or Path(args.resume) / "job.yaml", args.overrides)
 
     quiet_libraries()
-    from deltarl.rl.train import train  # torch and vLLM take seconds to import
+    from deltarl.rl.sharding import leave_together  # torch and vLLM take seconds to import
+    from deltarl.rl.train import train
 
     train(job, resume, sft_only=sft_only)
+    leave_together()
     return 0
 
 

@@ -11,6 +11,7 @@ each computes its share of the packs. Functions named so are collective: every p
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -39,13 +40,16 @@ def open_processes() -> None:
 
 
 def leave_together() -> None:
-    """The last thing that the processes of `open_processes` do with one another.
+    """End this process with exit code 0, once all that train together are as far; without others, do nothing.
 
-    A thread of gloo's lets go of a collective's tensors after the call has returned, for which it needs the
-    interpreter; a process that is already ending is aborted by that. While it waits here, the thread gets it.
+    Python is not taken apart first. A thread of gloo's lets go of a collective's tensors some time after the call has
+    returned, for which it needs the interpreter; where that is being taken apart it aborts the process.
     """
     if processes() > 1:
         dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def local_device() -> torch.device:

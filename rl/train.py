@@ -38,7 +38,7 @@ from deltarl.rl.recording import Recorded
 from deltarl.rl.report import write_report
 from deltarl.rl.runfolder import RunFolder
 from deltarl.rl.sft import warm_up
-from deltarl.rl.sharding import from_main, is_main, leave_together, local_device, open_processes, processes, shard
+from deltarl.rl.sharding import from_main, is_main, local_device, open_processes, processes, shard
 from deltarl.rl.stage import RLStage
 from deltarl.rl.trainer import RLTrainer, updates_per_step
 from deltarl.rollout import EngineError, RolloutWorker
@@ -51,8 +51,8 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
 
     The run folder is made once everything that can be checked has been.
 
-    Launched by torchrun or `accelerate launch` it is called in several processes, which share the learner's work; the
-    warm-up is for one process.
+    Launched by torchrun or `accelerate launch` it is called in several processes, which share the learner's work (and
+    should end with `sharding.leave_together`); the warm-up is for one process.
 
     Raises:
         UserError: the job cannot be run as it stands.
@@ -65,9 +65,7 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
         raise UserError("deltarl sft is for one process: start it without torchrun or accelerate launch")
     check_learner(job)
     if not is_main():
-        followed = follow(job)
-        leave_together()
-        return followed
+        return follow(job)
     with StopRequest() as stop, open_host(job) as host:
         data = load_data(job, host)
         for stage in ("sft", "rl", "window"):
@@ -94,7 +92,6 @@ def train(job: Job, resume: RunFolder | None = None, *, sft_only: bool = False) 
         finally:
             folder.metrics.close()
         say(f"report: {write_report(folder.path)}")
-    leave_together()
     return folder.path
 
 

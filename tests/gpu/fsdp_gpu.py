@@ -20,7 +20,7 @@ from torch import nn
 
 from deltarl.model import build_model
 from deltarl.rl.optimizers import make_optimizer
-from deltarl.rl.sharding import (
+from deltarl.rl.sharding import leave_together, (
     from_main,
     gathered,
     local_device,
@@ -100,16 +100,20 @@ def main() -> int:
     parser.add_argument("--size", default="30m")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--optimizers", nargs="+", default=["adamw", "muon"], choices=["adamw", "muon"])
     parser.add_argument("--work", nargs=4, metavar=("SIZE", "OPTIMIZER", "DTYPE", "STEPS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         size, optimizer, dtype, steps = args.work
         work(size, optimizer, dtype, int(steps))
+        leave_together()
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, NCCL {torch.cuda.nccl.version()}; {args.size}")
     print(f"{'optimizer':10} {'compute':9} {'GPUs':>4} {'loss':>10} {'norm':>9} {'s/step':>8} {'GiB':>7} {'differ':>9}")
     failed = 0
     for (optimizer, dtype), bound in BOUNDS.items():
+        if optimizer not in args.optimizers:
+            continue
         one, several = (launch(n, args.size, optimizer, dtype, str(args.steps)) for n in (1, args.processes))
         differ = difference(one["rows"], several["rows"])
         for count, run in ((1, one), (args.processes, several)):

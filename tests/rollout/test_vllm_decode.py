@@ -1,10 +1,17 @@
-"""What `DecodeSteps` gives of a burst, beside the runner's own outputs of the same steps."""
+"""What `DecodeSteps` gives of a burst, beside the runner's own outputs of the same steps; and what layers are told."""
+
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import torch
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
-from deltarl.rollout.vllm_bursts import together
+from deltarl.rollout.engine import pending_room
+from deltarl.rollout.vllm_bursts import PendingTokens, together
 from deltarl.rollout.vllm_decode import joined
+from deltarl.rollout.vllm_scheduler import LONGEST_BURST
+from deltarl.rollout.vllm_states import LayerStates, pending_place
 
 NAMES = ["b", "a", "c"]
 
@@ -38,3 +45,33 @@ def test_a_request_s_part_of_it_can_be_taken_out() -> None:
     part = found.logprobs.slice_request(1, 3)
     assert part.logprob_token_ids.ravel().tolist() == [6, 9, 3]
     assert part.logprobs.ravel().tolist() == [-2, -5, -8]
+
+
+def model_of(additional_config: dict) -> tuple[SimpleNamespace, LayerStates]:
+    """A model runner's settings, and the states of a model made under them."""
+    vllm_config = SimpleNamespace(
+        additional_config=additional_config,
+        cache_config=SimpleNamespace(enable_prefix_caching=False),
+        compilation_config=SimpleNamespace(static_forward_context={"attention": object()}),
+        scheduler_config=SimpleNamespace(max_num_seqs=5),
+    )
+    states = LayerStates(None, vllm_config, "states", pending_place(vllm_config))
+    return SimpleNamespace(vllm_config=vllm_config), states
+
+
+@pytest.mark.parametrize("count", [0, 1, LONGEST_BURST - 1])
+@pytest.mark.parametrize("stays", [False, True])
+def test_layers_are_told_which_step_of_a_burst_comes(count, stays) -> None:
+    runner, states = model_of(pending_room())
+    layers = [states.room(2, 24) for _ in range(2)]
+    PendingTokens(runner).come(count, stays)
+    for layer in layers:
+        assert layer.place.tolist() == [count, stays] and layer.place.dtype == torch.int32
+        assert layer.tokens.shape == (5, 2, LONGEST_BURST - 1, 24) and layer.tokens.dtype == torch.float32
+    assert layers[0].tokens.data_ptr() != layers[1].tokens.data_ptr()
+
+
+def test_without_bursts_on_a_gpu_every_step_writes_the_states() -> None:
+    runner, states = model_of({})
+    assert states.room(2, 24) is None
+    PendingTokens(runner).come(3, True)

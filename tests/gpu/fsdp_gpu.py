@@ -1,6 +1,9 @@
 """The learner's FSDP2 on GPUs over NCCL: what several processes learn against what one learns, and what it costs.
 
-Run by hand on a machine with two GPUs:  python tests/gpu/fsdp_gpu.py [--size 30m] [--processes 2] [--steps 6]
+Run by hand on a machine with two GPUs:
+
+    python tests/gpu/fsdp_gpu.py [--size 30m] [--processes 2] [--steps 6] [--optimizers muon]
+
 For each optimizer, in float32 and under bfloat16 autocast: the same packs of random tokens on one process and on
 several; prints loss and gradient norm of the last step, their largest relative difference over all steps, seconds a
 step and peak memory a GPU. A difference over its bound fails the script: 1e-4 in float32 (sums in another order, TF32
@@ -20,9 +23,10 @@ from torch import nn
 
 from deltarl.model import build_model
 from deltarl.rl.optimizers import make_optimizer
-from deltarl.rl.sharding import leave_together, (
+from deltarl.rl.sharding import (
     from_main,
     gathered,
+    leave_together,
     local_device,
     open_processes,
     processes,

@@ -33,11 +33,16 @@ if CHOICE not in (None, "torch", "triton"):
     raise ValueError(f"DELTARL_KERNELS is {CHOICE!r}: use torch, or triton")
 
 
+def takes_triton(capability: tuple[int, int]) -> bool:
+    """Whether GPUs of this compute capability run the Triton kernels."""
+    hopper = torch.version.hip is None and capability == TESTED_CAPABILITY
+    return CHOICE == "triton" or (hopper and CHOICE is None)
+
+
 @cache
 def cuda_operators() -> Mapping[str, Callable]:
     """What runs on the GPU of this process."""
-    hopper = torch.version.hip is None and torch.cuda.get_device_capability() == TESTED_CAPABILITY
-    if CHOICE == "torch" or not (hopper or CHOICE == "triton"):
+    if not takes_triton(torch.cuda.get_device_capability()):
         return TORCH
     from deltarl.kernels.fused import operators
 

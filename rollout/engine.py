@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from deltarl.kernels.dispatch import takes_triton
 from deltarl.rollout.plugin import CHOICE, serves_our_class
 
 OLDEST, NEWEST = (0, 26), (0, 32)
@@ -156,12 +157,15 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in steps if size < max_num_seqs} | {min(max_num_seqs, 1024)})
 
 
-def gpu_settings(max_num_seqs: int) -> dict[str, Any]:
+def gpu_settings(max_num_seqs: int, triton: bool) -> dict[str, Any]:
     """Settings under which our class runs best on a GPU: decode steps as whole CUDA graphs, no compiler.
 
     The layers call fused kernels themselves; torch.compile would add its minutes of start-up for next to nothing, and
-    there is nothing that FlashInfer could tune.
+    there is nothing that FlashInfer could tune. Where they call torch code (`triton` is false), which looks at slots on
+    the host, there are no graphs.
     """
+    if not triton:
+        return {"enforce_eager": True, "enable_flashinfer_autotune": False}
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": graph_sizes(max_num_seqs)}
     return {"compilation_config": graphs, "enable_flashinfer_autotune": False}
 
@@ -223,9 +227,10 @@ def start(
         if HYBRID in config.get("architectures", ()):
             register_hybrid()
             if serves_our_class():
-                settings |= {} if on_cpu else gpu_settings(max_num_seqs)
+                triton = not on_cpu and takes_triton(tuple(current_platform.get_device_capability()))
+                settings |= {} if on_cpu else gpu_settings(max_num_seqs, triton)
                 runner = None if on_cpu else FIRST if routing else SECOND
-                if runner == SECOND:
+                if runner == SECOND and triton:
                     settings["additional_config"] = pending_room()
             elif config.get("gate_lower_bound") is not None:
                 raise EngineError(f"vLLM's Kimi Linear class has no bounded gate: leave {CHOICE} unset")

@@ -251,12 +251,15 @@ def test_fused_experts_are_a_function_of_plain_tensors() -> None:
 
 def test_decode_steps_can_be_whole_cuda_graphs_without_a_compiler() -> None:
     from vllm.config import CompilationConfig, CUDAGraphMode
+    from vllm.engine.arg_utils import EngineArgs
 
     from deltarl.rollout.engine import gpu_settings
 
-    config = CompilationConfig(**gpu_settings(64)["compilation_config"])
+    config = CompilationConfig(**gpu_settings(64, triton=True)["compilation_config"])
     assert config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY and config.mode == 0
     assert config.cudagraph_capture_sizes[-1] == 64
+    names = {field.name for field in fields(EngineArgs)}
+    assert gpu_settings(64, triton=False).keys() <= names >= gpu_settings(64, triton=True).keys()
 
 
 def test_a_decode_step_is_made_of_these_parts_of_the_second_model_runner() -> None:

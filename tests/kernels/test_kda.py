@@ -8,7 +8,7 @@ import pytest
 import torch
 from kda_inputs import doubled, raw_inputs, rms_ratio
 
-from deltarl.kernels import kda_chunk, kda_decode_, kda_recurrent, kda_reference
+from deltarl.kernels import dispatch, kda_chunk, kda_decode_, kda_recurrent, kda_reference
 
 # fp32 keeps 24 bits; sums over a chunk of 32 tokens and 8 channels lose a few of them.
 FP32_RATIO = 1e-5
@@ -205,3 +205,18 @@ def test_an_unknown_choice_of_kernels_is_refused():
     command = [sys.executable, "-P", "-c", "import deltarl.kernels"]
     done = subprocess.run(command, env={**os.environ, "DELTARL_KERNELS": "cuda"}, capture_output=True, text=True)
     assert done.returncode != 0 and "DELTARL_KERNELS is 'cuda': use torch, or triton" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "capability", "triton"),
+    [
+        (None, (9, 0), True),
+        (None, (8, 0), False),
+        (None, (10, 0), False),
+        ("torch", (9, 0), False),
+        ("triton", (8, 0), True),
+    ],
+)
+def test_triton_is_for_hopper_unless_asked_for(monkeypatch, choice, capability, triton):
+    monkeypatch.setattr(dispatch, "CHOICE", choice)
+    assert dispatch.takes_triton(capability) is triton

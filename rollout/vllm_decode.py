@@ -13,6 +13,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch, combine_sampled_and_draft_tokens, prepare_pos_seq_lens
 
+from deltarl.rollout.vllm_bursts import PendingTokens
+
 RUNNERS = "vllm.v1.worker.gpu."
 
 
@@ -51,7 +53,7 @@ def joined(first: ModelRunnerOutput, tokens: np.ndarray, logprobs: np.ndarray, r
 class DecodeSteps:
     """Takes the steps of a burst that follow its first. The states take in all its tokens with the last one."""
 
-    def __init__(self, runner: Any, pending: Any) -> None:
+    def __init__(self, runner: Any, pending: PendingTokens) -> None:
         self.runner, self.pending = runner, pending
         self.length_dependent = [
             [group for group in groups if not getattr(group.get_metadata_builder(0), "holds_for_bursts", False)]

@@ -19,7 +19,8 @@ class Pending(NamedTuple):
 
     tokens: fp32 [at least N, H, most, K + W + V], k, G and new of each, by the row of a sequence in the batch (not by
     its slot); W is K, or 1 with one decay a head. place: int32 [2] on the same device, how many are pending, the same
-    number for all rows, and whether the next one stays pending too (1) or the states take all of them in (0).
+    number for all rows, and whether the next one stays pending too (1) or the states take all of them in (0), after
+    which `tokens` hold nothing of use.
     """
 
     tokens: Tensor

@@ -1,11 +1,14 @@
 """The attention layers of a hybrid for vLLM: KDA and GDN over vLLM's state cache, and latent attention."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder
 
 from deltarl.kernels import (
     causal_conv1d,
@@ -18,6 +21,8 @@ from deltarl.kernels import (
 )
 from deltarl.rollout.vllm_states import LayerStates, StateMetadata
 from deltarl.rollout.vllm_weights import FusedLinear, HeadsUp, RMSNorm, RowLinear, Weight, parameter, share
+
+CONTEXT_ROWS = 64 * 1024
 
 
 class DeltaAttention(nn.Module):
@@ -174,6 +179,27 @@ class GatedDeltaNet(DeltaAttention):
         return decay, F.linear(low_rank, self.g_b_proj.weight).unflatten(-1, (-1, self.head_dim))
 
 
+@cache
+def keep_context_room_small() -> None:
+    """Have vLLM's latent attention keep room for CONTEXT_ROWS latents that prefills find in the cache, where there can
+    be none: where prompts are read whole and no prefix is cached.
+
+    0.26 keeps room for a cache block of each sequence, and for what that expands to in all heads. In a hybrid a block
+    is as large as a state: with 1024 sequences and states of 3 layers of 8 heads of 128, 1.46M rows, 1.7 and 6.0 GB.
+    0.32 keeps as much as here.
+    """
+    vllm_s = MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size
+
+    def rows(vllm_config: VllmConfig) -> int:
+        found = vllm_s(vllm_config)
+        if vllm_config.scheduler_config.enable_chunked_prefill or vllm_config.cache_config.enable_prefix_caching:
+            return found
+        block = vllm_config.cache_config.block_size
+        return min(found, -(-CONTEXT_ROWS // block) * block)
+
+    MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size = staticmethod(rows)
+
+
 def local_heads(config) -> int:
     return share(config.linear_attn_config["num_heads"], "linear_attn_config.num_heads")
 
@@ -203,6 +229,7 @@ class LatentAttention(nn.Module):
         self.attn = make(vllm_config, f"{prefix}.attn")
 
     def latent_attention(self, vllm_config: VllmConfig, prefix: str) -> MLAAttention:
+        keep_context_room_small()
         return MLAAttention(
             num_heads=self.heads,
             scale=self.qk_dim**-0.5,

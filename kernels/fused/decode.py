@@ -12,8 +12,9 @@ from torch import Tensor
 
 from deltarl.kernels.fused.configs import CONFIGS
 from deltarl.kernels.fused.decode_pending import decode_pending_kernel
-from deltarl.kernels.fused.rows import row_of, total
-from deltarl.kernels.fused.tiles import L2_EPS, gated
+from deltarl.kernels.fused.decode_taking import PROGRAMS, decode_taking_kernel
+from deltarl.kernels.fused.rows import inverse_norm, row_of, total
+from deltarl.kernels.fused.tiles import gated
 from deltarl.kernels.inputs import check_arguments, check_decoding
 from deltarl.kernels.pending import Pending
 
@@ -53,9 +54,8 @@ def decode_kernel(
             b_g += row_of(dt_bias + head * WIDTH, WIDTH)
         b_g, _ = gated(b_g, tl.exp(tl.load(A_log + head).to(tl.float32)), bound, BOUNDED)
         b_beta = tl.sigmoid(b_beta)
-    if L2NORM:
-        b_q *= 1.0 / tl.sqrt(total(b_q * b_q) + L2_EPS)
-        b_k *= 1.0 / tl.sqrt(total(b_k * b_k) + L2_EPS)
+    b_q *= inverse_norm(b_q, L2NORM)
+    b_k *= inverse_norm(b_k, L2NORM)
     match = total(b_k * b_q)
     row_decay = tl.exp(b_g)
     writer, reader = tl.sum(b_k * row_decay, 0)[:, None], tl.sum(b_q * row_decay, 0)[:, None]
@@ -121,10 +121,18 @@ def kda_decode_(
         "BIAS": dt_bias is not None, "BOUNDED": gate_lower_bound is not None, "L2NORM": use_qk_l2norm, "NORM": normed,
     }  # fmt: skip
     if pending is not None:
-        most, config = pending.tokens.shape[2], CONFIGS["decode_pending"]
+        most = pending.tokens.shape[2]
+        options |= {"MOST": most, "PAST": triton.next_power_of_2(most)}
+        # Which of them works is known on the GPU only (`place`), where a CUDA graph has both.
+        config = CONFIGS["decode_pending"]
         decode_pending_kernel[(count * heads,)](
-            *tensors, *pending, o, *numbers, **options, MOST=most, PAST=triton.next_power_of_2(most),
-            BK=min(key, config.block), STAGES=config.num_stages, num_warps=config.num_warps,
+            *tensors, *pending, o, *numbers, **options, BK=min(key, config.block), STAGES=config.num_stages,
+            **config.launch(),
+        )  # fmt: skip
+        config = CONFIGS["decode_taking"]
+        decode_taking_kernel[(min(count * heads, PROGRAMS),)](
+            *tensors, *pending, o, *numbers, count * heads, **options, BV=min(width, config.block),
+            STAGES=config.num_stages, **config.launch(),
         )  # fmt: skip
         return o
     # The output's norm needs a whole head in one program; without it, programs of a few columns are a little faster.

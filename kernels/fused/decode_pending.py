@@ -1,17 +1,17 @@
-"""A token for each of N sequences where the states lack the last few, and may lack this one too: see
+"""A token for each of N sequences where the states lack the last few, and will lack this one too: see
 `deltarl.kernels.pending`. With S the states, k_i, G_i, new_i what is pending, G the sum of all log-decays:
 
 recalled = S^T (exp(G) k) + sum_i (k . exp(G - G_i) k_i) new_i        new = beta (v - recalled), and o likewise with q
 
-Most tokens only read a state, a few channels at a time, so that many programs fit a multiprocessor and have loads
-under way.
+A state is only read, a few channels at a time, so that many programs fit a multiprocessor and have loads under way. It
+is `decode_taking` that writes it.
 """
 
 import triton
 import triton.language as tl
 
-from deltarl.kernels.fused.rows import row_of, total
-from deltarl.kernels.fused.tiles import L2_EPS, gated
+from deltarl.kernels.fused.rows import inverse_norm, row_of, total
+from deltarl.kernels.fused.tiles import gated
 
 
 @triton.jit
@@ -36,18 +36,20 @@ def decode_pending_kernel(
     BOUNDED: tl.constexpr, L2NORM: tl.constexpr, NORM: tl.constexpr, MOST: tl.constexpr, PAST: tl.constexpr,
     BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program for one head of one sequence, BK channels of its state at a time. MOST: pending tokens at most,
-    PAST: that as a power of two."""
+    """One program for one head of one sequence, BK channels of its state at a time; none does anything where this
+    token is not to stay pending. MOST: pending tokens at most, PAST: that as a power of two."""
     TOKEN: tl.constexpr = K + WIDTH + V
     EACH: tl.constexpr = 1 if WIDTH > 1 else 0
     head, sequence = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     column = tl.arange(0, V)
+    count = tl.load(place)
+    if tl.load(place + 1) == 0:
+        return
     slot = tl.load(slots + sequence).to(tl.int64)
     o += (sequence * H + head) * V + column
     if slot < 0:
         tl.store(o, tl.zeros([V], o.dtype.element_ty))
         return
-    count, stays = tl.load(place), tl.load(place + 1) != 0
     q += sequence * q_stride + head // SHARED * K
     k += sequence * k_stride + head // SHARED * K
     g += sequence * g_stride + head * WIDTH
@@ -63,10 +65,8 @@ def decode_pending_kernel(
         rate = tl.exp(tl.load(A_log + head).to(tl.float32))
         b_beta = tl.sigmoid(b_beta)
 
-    b_q, b_k, q_norm, k_norm = row_of(q, K), row_of(k, K), 1.0, 1.0
-    if L2NORM:
-        q_norm = 1.0 / tl.sqrt(total(b_q * b_q) + L2_EPS)
-        k_norm = 1.0 / tl.sqrt(total(b_k * b_k) + L2_EPS)
+    b_q, b_k = row_of(q, K), row_of(k, K)
+    q_norm, k_norm = inverse_norm(b_q, L2NORM), inverse_norm(b_k, L2NORM)
     b_q, b_k = b_q * q_norm, b_k * k_norm
     match = total(b_k * b_q)
     channel, decays = tl.arange(0, K)[None, :], tl.arange(0, WIDTH)[None, :]
@@ -78,33 +78,20 @@ def decode_pending_kernel(
     b_news = tl.load(past + K + WIDTH + column[None, :], mask=there, other=0.0)
     recalled = tl.sum(tl.sum(faded * b_k, 1)[:, None] * b_news, 0)
     answered = tl.sum(tl.sum(faded * b_q, 1)[:, None] * b_news, 0)
-    if stays:
-        tl.store(next_token + channel, b_k)
-        tl.store(next_token + K + decays, b_g)
+    tl.store(next_token + channel, b_k)
+    tl.store(next_token + K + decays, b_g)
 
     by_writer, by_reader = tl.zeros([BK, V], tl.float32), tl.zeros([BK, V], tl.float32)
     for first in tl.range(0, K, BK, num_stages=STAGES):
         b_state = tl.load(corner + first * V)
         at = first + tl.arange(0, BK)
         decay = tl.exp(summed_decays(g, dt_bias, before, at * EACH, rate, bound, count, WIDTH, RAW, BIAS, BOUNDED))
-        by_writer += b_state * (tl.load(k + at).to(tl.float32) * k_norm * decay)[:, None]
-        by_reader += b_state * (tl.load(q + at).to(tl.float32) * q_norm * decay)[:, None]
-    recalled += tl.sum(by_writer, 0)
-    answered += tl.sum(by_reader, 0)
+        by_writer += b_state * (tl.load(k + at).to(tl.float32) * decay)[:, None]
+        by_reader += b_state * (tl.load(q + at).to(tl.float32) * decay)[:, None]
+    recalled += tl.sum(by_writer, 0) * k_norm
+    answered += tl.sum(by_reader, 0) * q_norm
     new = b_beta * (tl.load(v + sequence * v_stride + head * V + column).to(tl.float32) - recalled)
-    if stays:
-        tl.store(next_token + K + WIDTH + column, new)
-    else:
-        for first in tl.range(0, K, BK):
-            at = first + tl.arange(0, BK)
-            b_sums = summed_decays(g, dt_bias, before, at * EACH, rate, bound, count, WIDTH, RAW, BIAS, BOUNDED)
-            b_state = tl.load(corner + first * V) * tl.exp(b_sums)[:, None]
-            b_state += (tl.load(k + at).to(tl.float32) * k_norm)[:, None] * new[None, :]
-            for token in tl.range(0, count):
-                earlier = pending + token * TOKEN
-                b_faded = tl.load(earlier + at) * tl.exp(b_sums - tl.load(earlier + K + at * EACH))
-                b_state += b_faded[:, None] * tl.load(earlier + K + WIDTH + column)[None, :]
-            tl.store(corner + first * V, b_state)
+    tl.store(next_token + K + WIDTH + column, new)
     b_o = (answered + match * new) * scale
     if NORM:
         b_o *= 1.0 / tl.sqrt(tl.sum(b_o * b_o, 0) / V + norm_eps) * tl.load(norm_weight + column).to(tl.float32)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from deltarl.kernels.fused.tiles import L2_EPS
+
 
 @triton.jit
 def row_of(x, D: tl.constexpr):
@@ -13,3 +15,12 @@ def row_of(x, D: tl.constexpr):
 @triton.jit
 def total(x):
     return tl.sum(tl.sum(x, 1), 0)
+
+
+@triton.jit
+def inverse_norm(b_x, L2NORM: tl.constexpr):
+    """What a row is multiplied by to have length 1; 1 without L2NORM."""
+    norm = 1.0
+    if L2NORM:
+        norm = 1.0 / tl.sqrt(total(b_x * b_x) + L2_EPS)
+    return norm

@@ -4,6 +4,7 @@ import ast
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -283,6 +284,29 @@ def test_a_decode_step_is_made_of_these_parts_of_the_second_model_runner() -> No
     assert graphs["CudaGraphManager.dispatch"][:5] == names, used
     names = ["input_batch", "cudagraph_mode", "block_tables", "slot_mappings", "attn_groups", "kv_cache_config"]
     assert next(v for k, v in states.items() if k.endswith(".prepare_attn"))[1:7] == names, used
+
+
+def test_room_for_the_contexts_of_prefills_is_small_where_there_are_none() -> None:
+    from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder
+
+    from deltarl.rollout.vllm_layers import CONTEXT_ROWS, keep_context_room_small
+
+    used = "rollout/vllm_layers.py keep_context_room_small"
+    source_has(MLACommonMetadataBuilder.__init__, "self.determine_chunked_prefill_workspace_size(", used)
+    keep_context_room_small()
+
+    def rows(sequences: int, *, chunked: bool = False, prefixes: bool = False) -> int:
+        config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(enable_chunked_prefill=chunked, max_num_seqs=sequences),
+            cache_config=SimpleNamespace(enable_prefix_caching=prefixes, block_size=1424),
+            model_config=SimpleNamespace(max_model_len=2304),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        )
+        return MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size(config)
+
+    blocks = -(-CONTEXT_ROWS // 1424)
+    assert rows(1024) == blocks * 1424 and rows(4) == 4 * 4 * 1424, used
+    assert rows(1024, chunked=True) == rows(1024, prefixes=True) in (blocks * 1424, 1024 * 1424), used
 
 
 def methods(path: Path) -> dict[str, list[str]]:

@@ -89,6 +89,7 @@ def test_tokens_pending_and_taken_in(width, normed, most, raw):
             pending.place.copy_(torch.tensor([number, number < 2]))
         kept, wanted = (pending.tokens[real][:, :, :number] for pending in pair)
         assert torch.equal(pool, before) and (not number or rms_ratio(kept, wanted) <= RATIO)
+        assert pair[0].tokens[:, :, number:].isnan().all()
         moved = inputs | {name: inputs[name].roll(number, 0) for name in ("q", "k", "v", "g", "beta")}
         o = kda_decode_(**moved, state=pool, slots=slots, pending=pair[0], **options)
         expected = kda_decode_torch(**moved, state=twin, slots=slots, pending=pair[1], **options)
